@@ -77,7 +77,9 @@ class LPMFlowConfig:
         _number("rptc_weight", self.rptc_weight, low=0.0, high=math.inf)
         for side in self.image_size:
             if side % self.patch_size:
-                raise ValueError(f"image_size must be a multiple of patch_size {self.patch_size}, got {self.image_size}")
+                raise ValueError(
+                    f"image_size must be a multiple of patch_size {self.patch_size}, got {self.image_size}"
+                )
         if self.refine_width % self.refine_heads or self.context_width < 1:
             raise ValueError(
                 f"refine_width must be a multiple of refine_heads ({self.refine_heads}) and more than the "
@@ -145,7 +147,8 @@ def lpmflow_tiny() -> LPMFlowConfig:
     """A network small enough to train on a CPU and to ship: convolutional backbone, width 192, 6 heads of 32.
 
     A convolutional backbone learns from few photographs because locality and translation are built in; its stride-8
-    features also reach the fine grid, which interpolated tokens cannot give.
+    features also reach the fine grid, which interpolated tokens cannot give. Two correlation tensors instead of four
+    halve the cost of a training step (paper ablation: 0.9 points of PCK on the base network).
     """
     return LPMFlowConfig(
         name="lpmflow-tiny",
@@ -159,6 +162,7 @@ def lpmflow_tiny() -> LPMFlowConfig:
         rptc_top_k=0,
         superres_depth=1,
         fine_features=True,
+        cross_scale=False,
         windows=(12, 8, 4),
         refine_width=48,
         refine_heads=3,

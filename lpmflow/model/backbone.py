@@ -35,7 +35,9 @@ def import_timm() -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name == "timm":
             raise ImportError("this model's backbone needs timm: pip install timm") from error
-        raise ImportError(f"timm cannot be imported because {error.name} is missing: pip install {error.name}") from error
+        raise ImportError(
+            f"timm cannot be imported because {error.name} is missing: pip install {error.name}"
+        ) from error
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
         raise ImportError(
             f"timm cannot be imported because torchvision does not fit torch {torch.__version__} "
@@ -91,7 +93,9 @@ class ViTBackbone(nn.Module):
             )
         if tuple(native_patch) != (config.patch_size, config.patch_size):
             native_size = net.patch_embed.img_size
-            scaled = tuple(side // patch * config.patch_size for side, patch in zip(native_size, native_patch, strict=True))
+            scaled = tuple(
+                side // patch * config.patch_size for side, patch in zip(native_size, native_patch, strict=True)
+            )
             net = timm.create_model(config.backbone, num_classes=0, patch_size=config.patch_size, img_size=scaled)
         self.prefix: int = net.num_prefix_tokens
         self.has_cls: bool = getattr(net, "cls_token", None) is not None

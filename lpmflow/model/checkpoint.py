@@ -29,7 +29,11 @@ _HEADS = re.compile(r"(head|fc|projector|predictor|last_layer)\.|decoder_|mask_t
 
 
 def save_checkpoint(
-    model: LPMFlow, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, extra: dict[str, str] | None = None
+    model: LPMFlow,
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    extra: dict[str, str] | None = None,
 ) -> None:
     """Write `model` to a .safetensors file with its configuration in the metadata; the file appears whole or not at all.
 

@@ -7,12 +7,11 @@ patches that depends on which images they are of. Two other ways to combine the 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lpmflow import ops
 from lpmflow.config import LPMFlowConfig
-from lpmflow.model.layers import Mlp, Projections
+from lpmflow.model.layers import Mlp, Projections, attention
 
 Grid = tuple[int, int]
 
@@ -33,9 +32,7 @@ class RegionAttention(Projections):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.split(x)
-        return self.join(
-            ops.region_attention(q, k, v, self.bias_table, source_grid=self.grid, target_grid=self.grid)
-        )
+        return self.join(ops.region_attention(q, k, v, self.bias_table, source_grid=self.grid, target_grid=self.grid))
 
 
 class DualAttention(RegionAttention):
@@ -52,8 +49,7 @@ class DualAttention(RegionAttention):
         out = []
         for own in (slice(0, half), slice(half, 2 * half)):
             seen = slice(half - own.start, 2 * half - own.start) if self.cross else own
-            mask = bias[:, own, seen].to(q.dtype)
-            out.append(F.scaled_dot_product_attention(q[:, :, own], k[:, :, seen], v[:, :, seen], attn_mask=mask))
+            out.append(attention(q[:, :, own], k[:, :, seen], v[:, :, seen], bias[:, own, seen]))
         return self.join(torch.cat(out, dim=2))
 
 

@@ -13,7 +13,9 @@ from lpmflow.config import LPMFlowConfig
 Grid = tuple[int, int]
 
 
-def resize_tables(state_dict: dict[str, Tensor], model: nn.Module, trained: LPMFlowConfig | None = None) -> dict[str, Tensor]:
+def resize_tables(
+    state_dict: dict[str, Tensor], model: nn.Module, trained: LPMFlowConfig | None = None
+) -> dict[str, Tensor]:
     """`state_dict` (our names) with every table that depends on a grid or a window resized to `model`'s shapes.
 
     `trained` is the configuration the tables come from; None means square grids. Tensors that already fit pass
@@ -21,7 +23,9 @@ def resize_tables(state_dict: dict[str, Tensor], model: nn.Module, trained: LPMF
     """
     wanted = model.state_dict()
     return {
-        name: tensor if name not in wanted or tensor.shape == wanted[name].shape else _resize(name, tensor, wanted[name], model, trained)
+        name: tensor
+        if name not in wanted or tensor.shape == wanted[name].shape
+        else _resize(name, tensor, wanted[name], model, trained)
         for name, tensor in state_dict.items()
     }
 

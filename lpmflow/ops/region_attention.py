@@ -57,6 +57,4 @@ def region_attention(
         raise ValueError(f"{OP}: bias_table must be on q's device {q.device}, got {bias_table.device}")
     choose(OP, backend)
     with torch.autocast(q.device.type, enabled=False):
-        return reference.region_attention(
-            q, k, v, bias_table, source_grid=source, target_grid=target, prefix=prefix
-        )
+        return reference.region_attention(q, k, v, bias_table, source_grid=source, target_grid=target, prefix=prefix)

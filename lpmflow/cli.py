@@ -1,0 +1,186 @@
+"""The command line: parse, call, report. What it does is done by the modules it calls.
+
+Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 interrupted, 141 the reader of our output left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import lpmflow
+
+if TYPE_CHECKING:
+    from lpmflow.result import Match
+
+OUTPUTS = (".png", ".npz", ".flo")
+
+EXAMPLES = {
+    "main": """\
+examples:
+  lpmflow demo                                       match the bundled photographs
+  lpmflow match cat.jpg dog.jpg -o match.png         match two of your own, draw the result
+  lpmflow info                                       versions, devices, backends
+""",
+    "match": """\
+examples:
+  lpmflow match cat.jpg dog.jpg -o match.png
+  lpmflow match cat.jpg dog.jpg --points 120,80 201.5,96
+  lpmflow match cat.jpg dog.jpg -o match.npz --save-flow match.flo --device cuda --dtype bfloat16
+  lpmflow match cat.jpg dog.jpg -o match.png --model trained.safetensors
+
+Points are x,y in pixels of A, x to the right and y down, the centre of the top left pixel at 0,0. Each comes out on a
+line of its own, as "x,y -> x,y", the second in pixels of B.
+""",
+    "demo": """\
+example:
+  lpmflow demo -o /tmp/lpmflow-demo
+""",
+    "info": """\
+example:
+  lpmflow info --json | python -m json.tool
+""",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: the process's own) and return its exit code; usage errors exit with 2."""
+    args = parser().parse_args(argv)
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more at exit, and must find somewhere to write.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        print(f"lpmflow: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(
+        prog="lpmflow",
+        description="Dense semantic correspondence: where each pixel of one photograph lies in another.",
+        epilog=EXAMPLES["main"],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"lpmflow {lpmflow.__version__}")
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+
+    match = _command(commands, "match", "match two photographs", run_match)
+    match.add_argument("source", metavar="A", help="photograph to match from")
+    match.add_argument("target", metavar="B", help="photograph to match to")
+    match.add_argument(
+        "-o", "--output", metavar="FILE", type=_output(OUTPUTS), help=f"write the match, by extension: {_or(OUTPUTS)}"
+    )
+    match.add_argument("--points", metavar="X,Y", type=_point, nargs="+", default=[], help="transfer these points")
+    match.add_argument("--save-flow", metavar="FILE.flo", type=_output((".flo",)), help="write the flow (.flo) as well")
+    match.add_argument("--model", metavar="NAME|FILE", help="model name or weight file (default: the embedded weights)")
+    match.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: cuda where there is one, else cpu)")
+    match.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32)")
+    match.set_defaults(command=match)
+
+    demo = _command(commands, "demo", "match the bundled photographs on the CPU and write pictures", run_demo)
+    demo.add_argument("-o", "--output", metavar="DIR", default="lpmflow-demo", help="folder (default: ./%(default)s)")
+
+    info = _command(commands, "info", "print versions, devices and which backends can run", run_info)
+    info.add_argument("--json", action="store_true", help="print JSON")
+    return top
+
+
+def run_match(args: argparse.Namespace) -> None:
+    """`lpmflow match`: everything that can be refused is refused before a model is loaded."""
+    if not (args.output or args.save_flow or args.points):
+        args.command.error("nothing to do: give -o FILE, --save-flow FILE.flo or --points X,Y ...")
+    for option, path in (("-o", args.output), ("--save-flow", args.save_flow)):
+        if path is not None and not path.parent.is_dir():
+            raise OSError(f"{option} must name a file in an existing folder, got {str(path)!r}")
+    for name in (args.source, args.target):
+        if not Path(name).is_file():
+            raise OSError(f"{name!r} is not a file")
+
+    from lpmflow.matcher import Matcher
+
+    match = Matcher(model=args.model, device=args.device, dtype=args.dtype)(args.source, args.target)
+    _print_points(match, args.points)
+    for path in (args.output, args.save_flow):
+        if path is not None:
+            match.save(path)
+            print(f"wrote {path}")
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    """`lpmflow demo`."""
+    from lpmflow import demo
+
+    demo.run(args.output)
+
+
+def run_info(args: argparse.Namespace) -> None:
+    """`lpmflow info`."""
+    from lpmflow import info
+
+    found = info.collect()
+    if args.json:
+        import json
+
+        print(json.dumps(found, indent=2))
+    else:
+        print(info.format_info(found))
+
+
+def _print_points(match: Match, points: list[tuple[float, float]]) -> None:
+    if not points:
+        return
+    for (x, y), (u, v) in zip(points, match.transfer(points), strict=True):
+        print(f"{x:g},{y:g} -> {u:.2f},{v:.2f}")
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    summary: str,
+    run: Callable[[argparse.Namespace], None],
+) -> argparse.ArgumentParser:
+    added = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=EXAMPLES[name],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    added.set_defaults(run=run)
+    return added
+
+
+def _point(text: str) -> tuple[float, float]:
+    try:
+        x, y = (float(part) for part in text.split(","))
+    except ValueError:
+        x = y = math.nan
+    if not (math.isfinite(x) and math.isfinite(y)):
+        raise argparse.ArgumentTypeError(f"a point must be X,Y in pixels such as 120,80.5, got {text!r}")
+    return x, y
+
+
+def _output(extensions: tuple[str, ...]) -> Callable[[str], Path]:
+    def path(text: str) -> Path:
+        if Path(text).suffix.lower() not in extensions:
+            raise argparse.ArgumentTypeError(f"the file name must end in {_or(extensions)}, got {text!r}")
+        return Path(text)
+
+    return path
+
+
+def _or(words: tuple[str, ...]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

@@ -1,0 +1,248 @@
+"""The user's door: images in, `Match` out.
+
+`Matcher` loads a model once and is then called; `match` is the one-line form, which keeps the last few models loaded.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lpmflow.images import ImageLike, load_image, preprocess, to_uint8
+from lpmflow.result import Match
+
+if TYPE_CHECKING:
+    from lpmflow.model import LPMFlow
+
+DEFAULT_MODEL = "lpmflow-tiny"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+ModelLike = Union[str, "os.PathLike[str]", "LPMFlow", None]
+DeviceLike = str | torch.device | None
+DTypeLike = str | torch.dtype | None
+_Read = tuple[Tensor, NDArray[np.uint8]]
+
+
+class Matcher:
+    """A loaded model that matches pairs of images.
+
+    Args:
+        model: a preset's name with weights in the package (None: "lpmflow-tiny"); the path of a checkpoint
+            (.safetensors, or a released .pth); or an `LPMFlow` with trained weights, which is used as it is: moved to
+            the device and set to evaluation mode, both for good.
+        device: "cpu", "cuda", "cuda:1", "mps" or a torch.device. None: the GPU when CUDA has one, else the CPU.
+        dtype: "float32" (None), "bfloat16" or "float16", or the torch dtype: what the network computes in, by
+            autocast. Parameters and results stay float32.
+
+    Images are read and resized on the CPU. A Matcher changes nothing when it is called, so threads may share one.
+    Raises ValueError for an unknown model, device or dtype, and for a model without trained weights, which would
+    answer nonsense; OSError for a checkpoint that cannot be read; TypeError for an argument of another type.
+    """
+
+    def __init__(self, model: ModelLike = None, device: DeviceLike = None, dtype: DTypeLike = None) -> None:
+        self.device = _device(device)
+        self.dtype = _dtype(dtype)
+        self.model: LPMFlow = _model(model).to(self.device).eval()
+
+    def __call__(self, src: ImageLike, tgt: ImageLike) -> Match:
+        """Where each pixel of `src` lies in `tgt`.
+
+        Images are anything `lpmflow.images.load_image` reads: a path, a PIL image, a numpy array (H, W, 3), a torch
+        tensor (3, H, W); any size. Raises ValueError, TypeError or OSError naming `src` or `tgt` when one cannot be
+        used, RuntimeError when the network's answer is not finite or someone put it back into training mode.
+        """
+        return self._match([(self._read(src, "src"), self._read(tgt, "tgt"))], ["src and tgt"])[0]
+
+    def batch(self, pairs: Iterable[tuple[ImageLike, ImageLike]], batch_size: int = 8) -> list[Match]:
+        """One `Match` for each (source, target) in `pairs`, in order; the network gets `batch_size` pairs at once.
+
+        Each is what calling the matcher on that pair gives, up to rounding; images may have different sizes. `pairs`
+        may be a generator and is read as needed. Raises what calling raises, naming the image, such as "pairs[3][1]";
+        ValueError or TypeError for a `batch_size` or a pair that is none.
+        """
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool):
+            raise TypeError(f"batch_size must be an integer, got {type(batch_size).__name__}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if isinstance(pairs, (str, bytes)) or not isinstance(pairs, Iterable):
+            raise TypeError(f"pairs must be an iterable of (source, target), got {type(pairs).__name__}")
+        numbered = enumerate(pairs)
+        matches: list[Match] = []
+        while chunk := list(islice(numbered, batch_size)):
+            names = [f"pairs[{index}]" for index, _ in chunk]
+            read = []
+            for name, (_, pair) in zip(names, chunk, strict=True):
+                source, target = _pair(pair, name)
+                read.append((self._read(source, f"{name}[0]"), self._read(target, f"{name}[1]")))
+            matches += self._match(read, names)
+        return matches
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"Matcher(model={self.model.config.name!r}, device={str(self.device)!r}, dtype={dtype!r})"
+
+    def _read(self, image: ImageLike, name: str) -> _Read:
+        """What the network sees of an image, and the image itself."""
+        pixels = load_image(image, name)
+        return preprocess(pixels, self.model.config.input_size), to_uint8(pixels)
+
+    def _match(self, pairs: list[tuple[_Read, _Read]], names: list[str]) -> list[Match]:
+        if self.model.training:
+            raise RuntimeError("the matcher's model was put back into training mode; call its eval() before matching")
+        sources, targets = (torch.stack([pair[side][0] for pair in pairs]).to(self.device) for side in (0, 1))
+        mixed = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        with torch.inference_mode(), mixed:
+            output = self.model(sources, targets)
+        grids = [grid.float().cpu().numpy() for grid in (output.flow, output.confidence, output.foreground)]
+        matches = []
+        for index, ((_, source), (_, target)) in enumerate(pairs):
+            flow, confidence, foreground = (grid[index].copy() for grid in grids)
+            if not all(np.isfinite(grid).all() for grid in (flow, confidence, foreground)):
+                raise RuntimeError(
+                    f"the network's answer for {names[index]} is not finite; its weights are broken, or {self.dtype} "
+                    f"has too small a range for them"
+                )
+            matches.append(Match(source, target, flow, confidence, foreground))
+        return matches
+
+
+def match(
+    src: ImageLike,
+    tgt: ImageLike,
+    *,
+    model: ModelLike = None,
+    device: DeviceLike = None,
+    dtype: DTypeLike = None,
+) -> Match:
+    """Where each pixel of the image `src` lies in the image `tgt`, as a `Match`.
+
+    The arguments are those of `Matcher` and of calling it, and so are the errors. A preset's weights are loaded at the
+    first call and kept for the next (the last four combinations of preset, device and dtype; safe to call from
+    several threads); a checkpoint's path is read at every call, so keep a `Matcher` for that.
+    """
+    if model is None or (isinstance(model, str) and model in _presets()):
+        matcher = _kept(model or DEFAULT_MODEL, _device(device), _dtype(dtype))
+    else:
+        matcher = Matcher(model, device, dtype)
+    return matcher(src, tgt)
+
+
+_LOADING = threading.Lock()
+
+
+def _kept(name: str, device: torch.device, dtype: torch.dtype) -> Matcher:
+    with _LOADING:
+        return _cached(name, device, dtype)
+
+
+@functools.lru_cache(maxsize=4)
+def _cached(name: str, device: torch.device, dtype: torch.dtype) -> Matcher:
+    return Matcher(name, device, dtype)
+
+
+def _pair(pair: Any, name: str) -> tuple[ImageLike, ImageLike]:
+    if not isinstance(pair, (tuple, list)):
+        raise TypeError(f"{name} must be a pair (source, target), got {type(pair).__name__}")
+    if len(pair) != 2:
+        raise ValueError(f"{name} must be a pair (source, target), got {len(pair)} elements")
+    return pair[0], pair[1]
+
+
+def _presets() -> list[str]:
+    from lpmflow.model import list_models
+
+    return list_models()
+
+
+def _model(model: ModelLike) -> LPMFlow:
+    """The trained network `model` stands for."""
+    if isinstance(model, nn.Module):
+        return _checked(model)
+    if model is None:
+        model = DEFAULT_MODEL
+    if not isinstance(model, (str, os.PathLike)):
+        raise TypeError(f"model must be a preset's name, the path of a checkpoint, or an LPMFlow, got {_kind(model)}")
+    from lpmflow.model import embedded_weights, load_checkpoint
+
+    presets = _presets()
+    if model in presets:
+        path = embedded_weights(str(model))
+        if path is None:
+            shipped = [name for name in presets if embedded_weights(name)]
+            raise ValueError(
+                f"model {model!r} has no trained weights in this package (those that have: "
+                f"{', '.join(shipped) or 'none'}); pass the path of a checkpoint instead, model='weights.safetensors' "
+                f"or a released 'weights.pth'"
+            )
+        return _checked(load_checkpoint(path))
+    path = Path(model)
+    if path.exists():
+        return _checked(load_checkpoint(path))
+    wanted = f"model must be one of {', '.join(presets)}, the path of a checkpoint, or an LPMFlow"
+    if path.suffix or path.name != str(model):
+        raise FileNotFoundError(f"{wanted}; there is no file {str(model)!r}")
+    raise ValueError(f"{wanted}, got {model!r}")
+
+
+def _checked(model: Any) -> LPMFlow:
+    """A module that can be used: an LPMFlow (or one that has its interface) with trained float32 parameters."""
+    if not hasattr(model, "weights") or not hasattr(model, "config"):
+        raise TypeError(f"model must be an LPMFlow when it is a module, got {_kind(model)}")
+    if model.weights is None:
+        raise ValueError(
+            "model must have trained weights, but those of this one are random and would answer nonsense: load a "
+            "checkpoint with lpmflow.load_checkpoint, or train it"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise ValueError(
+                f"model must have float32 parameters, but {name} is {parameter.dtype}; the argument dtype chooses what "
+                f"it computes in"
+            )
+    return model
+
+
+def _device(device: DeviceLike) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f"device must be a str or a torch.device, got {_kind(device)}")
+    known = _devices()
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        found = None
+    if found is None or (str(found) not in known and not (found.type in known and found.index is None)):
+        raise ValueError(f"device must be one of {', '.join(known)}, as they exist here, got {str(device)!r}")
+    return found
+
+
+def _devices() -> list[str]:
+    """Names of the devices a model can be put on."""
+    cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    return ["cpu", *(["cuda"] if cuda else []), *cuda, *(["mps"] if torch.backends.mps.is_available() else [])]
+
+
+def _dtype(dtype: DTypeLike) -> torch.dtype:
+    if dtype is None:
+        return torch.float32
+    if not isinstance(dtype, (str, torch.dtype)):
+        raise TypeError(f"dtype must be a str or a torch.dtype, got {_kind(dtype)}")
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or found not in DTYPES.values():
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {str(dtype).removeprefix('torch.')!r}")
+    return found
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__

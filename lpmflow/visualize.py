@@ -1,0 +1,234 @@
+"""Pictures of matches: arrays and matplotlib figures, returned and never shown.
+
+Figures are made without pyplot, so no window, global state or display is involved. Images are (H, W, 3) uint8 arrays,
+points and flows are (x, y) as in `lpmflow.geometry`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from lpmflow import geometry
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from lpmflow.result import Match
+
+_SIDE = 640
+"""Longest side of an image in a figure, in pixels."""
+_INK = "#1c2430"
+_WIDTH, _MARGIN, _GAP, _TITLE = 12.0, 0.25, 0.2, 0.3
+"""Inches: of the figure, around it, between panels, and above each for its title."""
+
+_SEGMENTS = ((15, 0, 1, True), (6, 1, 0, False), (4, 1, 2, True), (11, 2, 1, False), (13, 2, 0, True), (6, 0, 2, False))
+"""The colour wheel's arcs: number of colours, the channel that is full, the one that moves, whether it rises."""
+
+
+def color_wheel() -> NDArray[np.float64]:
+    """The 55 colours of the Middlebury flow wheel, (55, 3) in [0, 1]: red, yellow, green, cyan, blue, magenta."""
+    arcs = []
+    for count, full, moving, rises in _SEGMENTS:
+        ramp = np.arange(count) / count
+        arc = np.zeros((count, 3))
+        arc[:, full] = 1
+        arc[:, moving] = ramp if rises else 1 - ramp
+        arcs.append(arc)
+    return np.concatenate(arcs)
+
+
+def flow_to_color(flow: ArrayLike, longest: float | None = None) -> NDArray[np.uint8]:
+    """A flow (H, W, 2) as Middlebury colours (H, W, 3) uint8: the hue is the direction, the saturation the length.
+
+    Zero is white, right is red, down yellow, left cyan, up violet; `longest` is the length that gets full colour
+    (None: the flow's longest), beyond it colours are darker. The wheel is closed here, so that there is no edge between
+    directions just above and just below "right". Raises ValueError when the shape is another, a
+    number is not finite, or `longest` is not positive.
+    """
+    array = np.asarray(flow, dtype=np.float64)
+    if array.ndim != 3 or array.shape[2] != 2:
+        raise ValueError(f"flow must have shape (H, W, 2), got {array.shape}")
+    if not np.isfinite(array).all():
+        raise ValueError("flow must be finite, got NaN or infinity")
+    length = np.hypot(array[..., 0], array[..., 1])
+    if longest is None:
+        longest = float(length.max(initial=0)) or 1.0
+    if not longest > 0:
+        raise ValueError(f"longest must be positive, got {longest}")
+    wheel = color_wheel()
+    turn = np.arctan2(array[..., 1], array[..., 0]) / (2 * np.pi) * len(wheel)
+    first = np.floor(turn).astype(int)
+    part = (turn - first)[..., None]
+    hue = (1 - part) * wheel[first % len(wheel)] + part * wheel[(first + 1) % len(wheel)]
+    saturation = (length / longest)[..., None]
+    colors = np.where(saturation <= 1, 1 - saturation * (1 - hue), hue * 0.75)
+    return np.round(255 * colors).astype(np.uint8)
+
+
+def overlay(image: NDArray[np.uint8], values: ArrayLike, colormap: str = "viridis") -> NDArray[np.uint8]:
+    """`values` (H, W) in [0, 1] as colours over the gray `image` (H, W, 3): (H, W, 3) uint8.
+
+    `colormap` is one of matplotlib's. Raises ValueError when the sizes differ.
+    """
+    from matplotlib import colormaps
+
+    array = np.asarray(values, dtype=np.float64)
+    if array.shape != image.shape[:2]:
+        raise ValueError(f"values must have the image's shape {image.shape[:2]}, got {array.shape}")
+    gray = (image @ np.array([0.299, 0.587, 0.114]) / 255)[..., None]
+    colors = colormaps[colormap](array)[..., :3]
+    return np.round(255 * np.clip(colors * (0.55 + 0.45 * gray) + 0.22 * gray, 0, 1)).astype(np.uint8)
+
+
+def choose_points(match: Match, count: int = 12) -> NDArray[np.float64]:
+    """Up to `count` source points (n, 2) worth drawing: confident, in the foreground, apart, landing in the target.
+
+    The best of a regular lattice by confidence times foreground weight, each at a distance from those before it.
+    """
+    (height, width), (target_height, target_width) = match.src_size, match.tgt_size
+    x, y = ((np.arange(24) + 0.5) * side / 24 - 0.5 for side in (width, height))
+    lattice = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
+    landing = match.transfer(lattice)
+    inside = ((landing >= 0) & (landing <= (target_width - 1, target_height - 1))).all(axis=1)
+    lattice = lattice[inside]
+    weights = torch.from_numpy(np.stack((match.confidence, match.foreground)))
+    score = geometry.sample_image(weights, torch.from_numpy(lattice)).prod(dim=1).numpy()
+    apart = 0.7 / max(count, 1) ** 0.5
+    chosen: list[NDArray[np.float64]] = []
+    for point in lattice[np.argsort(-score, kind="stable")]:
+        if len(chosen) < count and all(
+            np.abs((point - other) / (width, height)).max() >= apart / 2 for other in chosen
+        ):
+            chosen.append(point)
+    return np.array(chosen).reshape(-1, 2)
+
+
+def correspondence_figure(
+    source: NDArray[np.uint8], target: NDArray[np.uint8], points: ArrayLike, moved: ArrayLike
+) -> Figure:
+    """Source and target side by side with a coloured line from each source point (N, 2) to its place in the target."""
+    from matplotlib.figure import Figure
+
+    panel = (_WIDTH - 2 * _MARGIN - _GAP) / 2
+    height = panel * max(_aspect(source), _aspect(target))
+    figure = Figure(figsize=(_WIDTH, height + _TITLE + 2 * _MARGIN), dpi=130, facecolor="white")
+    _draw_correspondences(
+        figure, source, target, np.asarray(points), np.asarray(moved), _MARGIN, height, ("source", "target")
+    )
+    return figure
+
+
+def match_figure(match: Match) -> Figure:
+    """The whole match on one figure.
+
+    Above: both images, and lines between corresponding points (`choose_points`), each end of a line in the same
+    colour. Below, all in the source frame: the target pulled back by the flow; the flow in Middlebury colours, as
+    displacement relative to the image with a wheel that explains them, so that it does not depend on the two images'
+    sizes; the confidence, brightest where it is highest in this image; the foreground weight. Images longer than 640
+    pixels are drawn smaller.
+    """
+    from matplotlib.figure import Figure
+
+    small = match.shrunk(_SIDE)
+    panel = (_WIDTH - 2 * _MARGIN - 3 * _GAP) / 4
+    low = panel * _aspect(small.source)
+    high = (_WIDTH - 2 * _MARGIN - _GAP) / 2 * max(_aspect(small.source), _aspect(small.target))
+    figure = Figure(figsize=(_WIDTH, high + low + 2 * _TITLE + _GAP + 2 * _MARGIN), dpi=130, facecolor="white")
+    points = choose_points(small)
+    titles = (f"source, {_pixels(match.src_size)}", f"target, {_pixels(match.tgt_size)}")
+    bottom = low + _TITLE + _GAP + _MARGIN
+    moved = small.transfer(points)
+    _draw_correspondences(figure, small.source, small.target, points, moved, bottom, high, titles)
+
+    flow = geometry.flow_to_pixels(torch.from_numpy(small.grid_flow), small.src_size, small.src_size).numpy()
+    relative = float(np.hypot(flow[..., 0] / small.src_size[1], flow[..., 1] / small.src_size[0]).max())
+    confidence = small.confidence
+    panels = (
+        ("target in the source frame", small.warp()),
+        (f"flow, longest {100 * relative:.0f} % of the image", flow_to_color(flow)),
+        (
+            f"confidence, {confidence.min():.2f} to {confidence.max():.2f}",
+            overlay(small.source, confidence / max(float(confidence.max()), 1e-12)),
+        ),
+        ("foreground weight", overlay(small.source, small.foreground, "magma")),
+    )
+    for index, (title, picture) in enumerate(panels):
+        axes = _axes(figure, _MARGIN + index * (panel + _GAP), _MARGIN, panel, low, title)
+        axes.imshow(picture, interpolation="bilinear" if max(picture.shape) > 64 else "nearest")
+        if index == 1:
+            _draw_wheel(axes)
+    return figure
+
+
+def _draw_correspondences(
+    figure: Figure,
+    source: NDArray[np.uint8],
+    target: NDArray[np.uint8],
+    points: NDArray[np.float64],
+    moved: NDArray[np.float64],
+    bottom: float,
+    height: float,
+    titles: tuple[str, str],
+) -> None:
+    """Source and target as two panels of `height` inches, `bottom` inches above the figure's edge, with the lines."""
+    from matplotlib import colormaps
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import ConnectionPatch
+    from matplotlib.patheffects import Normal, Stroke
+
+    panel = (_WIDTH - 2 * _MARGIN - _GAP) / 2
+    left = _axes(figure, _MARGIN, bottom, panel, height, titles[0])
+    right = _axes(figure, _MARGIN + panel + _GAP, bottom, panel, height, titles[1])
+    left.imshow(source)
+    right.imshow(target)
+    halo = [Stroke(linewidth=3, foreground="white", alpha=0.75), Normal()]
+    downwards = np.argsort(points[:, 1], kind="stable")
+    for rank, (start, end) in enumerate(zip(points[downwards], moved[downwards], strict=True)):
+        color = colormaps["turbo"](0.08 + 0.87 * rank / max(len(points) - 1, 1))
+        line = ConnectionPatch(start, end, "data", "data", axesA=left, axesB=right, color=color, linewidth=1.4)
+        line.set_path_effects(halo)
+        figure.add_artist(line)
+        for axes, (x, y) in ((left, start), (right, end)):
+            # Of the figure and not of the panel, because the lines are the figure's and would cover it.
+            dot = Line2D([x], [y], color=color, marker="o", markersize=7, transform=axes.transData, zorder=5)
+            dot.set(markeredgecolor="white", markeredgewidth=1.3)
+            figure.add_artist(dot)
+
+
+def _draw_wheel(axes: Axes) -> None:
+    """A small disc in the corner: the colour of a displacement from its centre."""
+    side = 96
+    line = np.linspace(-1, 1, side)
+    directions = np.stack(np.meshgrid(line, line), axis=-1)
+    inside = np.hypot(directions[..., 0], directions[..., 1]) <= 1
+    disc = np.dstack((flow_to_color(directions, 1.0), (255 * inside).astype(np.uint8)))
+    corner = axes.inset_axes((0.81, 0.03, 0.17, 0.17))
+    corner.imshow(disc)
+    corner.set_axis_off()
+
+
+def _axes(figure: Figure, left: float, bottom: float, width: float, height: float, title: str) -> Axes:
+    """A panel placed in inches, without ticks, its title small above its left corner."""
+    across, up = figure.get_size_inches()
+    axes = figure.add_axes((left / across, bottom / up, width / across, height / up))
+    axes.set_title(title, loc="left", fontsize=9, color=_INK, pad=5)
+    axes.set_anchor("N")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for side in axes.spines.values():
+        side.set_visible(False)
+    return axes
+
+
+def _pixels(size: tuple[int, int]) -> str:
+    return f"{size[1]} x {size[0]}"
+
+
+def _aspect(image: NDArray[np.uint8]) -> float:
+    """Height of a panel for this image over its width; within bounds, so that thin images do not make odd figures."""
+    return float(np.clip(image.shape[0] / image.shape[1], 0.4, 1.2))

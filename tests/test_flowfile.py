@@ -1,0 +1,103 @@
+"""The .flo format byte by byte, and writing files whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import struct
+
+import numpy as np
+import pytest
+
+from lpmflow.flowfile import as_path, read_flo, replacing, write_flo
+
+FLOW = np.arange(2 * 3 * 2, dtype=np.float32).reshape(2, 3, 2) - 4.5
+
+
+def test_the_bytes_are_middleburys(tmp_path):
+    write_flo(tmp_path / "a.flo", FLOW)
+    data = (tmp_path / "a.flo").read_bytes()
+    assert data[:4] == b"PIEH"
+    assert struct.unpack("<ii", data[4:12]) == (3, 2)
+    assert struct.unpack("<12f", data[12:]) == tuple(FLOW.ravel().tolist())
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, ">f4", np.int64])
+def test_other_number_types_are_stored_as_float32(tmp_path, dtype):
+    write_flo(tmp_path / "a.flo", np.floor(FLOW).astype(dtype))
+    found = read_flo(tmp_path / "a.flo")
+    assert found.dtype == np.float32 and found.flags.writeable
+    np.testing.assert_array_equal(found, np.floor(FLOW))
+
+
+def test_a_view_that_is_not_contiguous(tmp_path):
+    write_flo(tmp_path / "a.flo", FLOW.transpose(1, 0, 2))
+    np.testing.assert_array_equal(read_flo(os.fsencode(tmp_path / "a.flo")), FLOW.transpose(1, 0, 2))
+
+
+@pytest.mark.parametrize(
+    ("flow", "message"),
+    [
+        (np.zeros((2, 3)), r"flow must have shape \(H, W, 2\) with no side 0, got \(2, 3\)"),
+        (np.zeros((2, 3, 3)), r"got \(2, 3, 3\)"),
+        (np.zeros((0, 3, 2)), r"got \(0, 3, 2\)"),
+        (np.full((2, 3, 2), np.nan), "flow must be finite"),
+        (np.full((2, 3, 2), -np.inf), "flow must be finite"),
+        (np.zeros((2, 3, 2), complex), "flow must hold real numbers, got complex128"),
+    ],
+)
+def test_what_is_no_flow_is_refused_and_writes_nothing(tmp_path, flow, message):
+    with pytest.raises(ValueError, match=message):
+        write_flo(tmp_path / "a.flo", flow)
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_that_are_not_flo(tmp_path):
+    path = tmp_path / "a.flo"
+    for data in (b"", b"PIEH", b"GIF89a" * 10):
+        path.write_bytes(data)
+        with pytest.raises(OSError, match=r"is no \.flo file"):
+            read_flo(path)
+    write_flo(path, FLOW)
+    whole = path.read_bytes()
+    for data in (whole[:-1], whole + b"\0", whole[:4] + struct.pack("<ii", -3, -2) + whole[12:]):
+        path.write_bytes(data)
+        with pytest.raises(OSError, match="is corrupt"):
+            read_flo(path)
+    with pytest.raises(FileNotFoundError):
+        read_flo(tmp_path / "missing.flo")
+
+
+def test_replacing_keeps_the_old_file_when_the_block_fails(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError, match="half way"), replacing(path) as temporary:
+        temporary.write_text("new")
+        raise RuntimeError("half way")
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
+    with replacing(path) as temporary:
+        assert temporary.parent == tmp_path
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_replacing_gives_the_usual_permissions(tmp_path):
+    plain, replaced = tmp_path / "plain", tmp_path / "replaced"
+    plain.write_text("")
+    with replacing(replaced) as temporary:
+        temporary.write_text("")
+    assert replaced.stat().st_mode == plain.stat().st_mode
+
+
+def test_replacing_refuses_folders(tmp_path):
+    with (
+        pytest.raises(FileNotFoundError, match="path must name a file in an existing folder"),
+        replacing(tmp_path / "none" / "a"),
+    ):
+        pass
+    with pytest.raises(IsADirectoryError, match="path must name a file, got the folder"), replacing(tmp_path):
+        pass
+    with pytest.raises(TypeError, match="path must be a str, bytes or os.PathLike, got int"):
+        as_path(3)
