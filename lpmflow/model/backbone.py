@@ -89,7 +89,8 @@ class ViTBackbone(nn.Module):
         native_patch = net.patch_embed.patch_size
         if tuple(native_patch) != (config.patch_size, config.patch_size) and pretrained:
             raise ValueError(
-                f"patch_size must be {native_patch[0]} for pretrained weights of {config.backbone}, got {config.patch_size}"
+                f"patch_size must be {native_patch[0]} for pretrained weights of {config.backbone}, "
+                f"got {config.patch_size}"
             )
         if tuple(native_patch) != (config.patch_size, config.patch_size):
             native_size = net.patch_embed.img_size

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-import tempfile
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +35,25 @@ def save_checkpoint(
     dtype: torch.dtype | None = None,
     extra: dict[str, str] | None = None,
 ) -> None:
-    """Write `model` to a .safetensors file with its configuration in the metadata; the file appears whole or not at all.
+    """Write `model` to a .safetensors file with its configuration in the metadata, whole or not at all.
 
     `dtype` (such as torch.float16) converts the floating tensors; `extra` adds metadata, e.g. how it was trained.
-    Raises ValueError for another suffix or when a value does not fit the dtype, OSError when it cannot be written.
+    Raises ValueError for another suffix or when a value does not fit the dtype, OSError when it cannot be written,
+    ValueError or TypeError for another argument that makes no sense.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = Path(path)
+    if not isinstance(model, LPMFlow):
+        raise TypeError(f"model must be an LPMFlow, got {type(model).__name__}")
     if path.suffix != ".safetensors":
         raise ValueError(f"path must end in .safetensors, got {str(path)!r}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path must name a file in an existing folder, got {str(path)!r}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}")
+    _check_extra(extra)
     tensors = {}
     for name, tensor in model.state_dict().items():
         stored = tensor.detach().cpu()
@@ -54,15 +63,14 @@ def save_checkpoint(
             raise ValueError(f"parameter {name} is not finite as {stored.dtype}")
         tensors[name] = stored.contiguous().clone()
     metadata = {**(extra or {}), "format": FORMAT, "config": json.dumps(model.config.to_dict())}
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
+    temporary = path.parent / f".lpmflow-{secrets.token_hex(8)}.tmp"
     try:
         save_file(tensors, temporary, metadata=metadata)
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: str | os.PathLike[str], **overrides: Any) -> LPMFlow:
@@ -81,7 +89,14 @@ def load_checkpoint(path: str | os.PathLike[str], **overrides: Any) -> LPMFlow:
             missing=[name for name in wanted if name not in tensors],
             unexpected=[name for name in tensors if name not in wanted],
         )
-        model.load_state_dict(resize_tables(tensors, model, stored))
+        if isinstance(model.backbone, ViTBackbone):
+            positions = tensors.get("backbone.net.parametrizations.pos_embed.original")
+            if (
+                positions is not None
+                and positions.shape != model.backbone.net.parametrizations.pos_embed.original.shape
+            ):
+                _adopt_positions(model.backbone, positions, path)
+        model.load_state_dict(resize_tables(tensors, model))
     else:
         from lpmflow.model.factory import create_model
 
@@ -161,12 +176,24 @@ def _read_safetensors(path: Path) -> tuple[LPMFlowConfig, dict[str, Tensor]]:
     metadata, tensors = _load_safetensors(path)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is no LPMFlow checkpoint: its metadata must say format {FORMAT}")
-    return LPMFlowConfig.from_dict(json.loads(metadata["config"])), tensors
+    try:
+        config = LPMFlowConfig.from_dict(json.loads(metadata.get("config", "")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds a configuration this version cannot read: {error}") from error
+    return config, tensors
+
+
+def _check_extra(extra: dict[str, str] | None) -> None:
+    for key, value in (extra or {}).items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise TypeError(f"extra must map str to str, got {key!r}: {type(value).__name__}")
+        if key in ("format", "config"):
+            raise ValueError(f"extra must not hold the key {key!r}, which save_checkpoint writes itself")
 
 
 def _adopt_positions(backbone: ViTBackbone, table: Tensor, path: Path) -> None:
     """Let the position table of a checkpoint trained at another size take the place of the model's."""
-    parametrization = backbone.net.parametrizations["pos_embed"]  # type: ignore[index,union-attr]
+    parametrization = backbone.net.parametrizations["pos_embed"]
     resize = parametrization[0]
     assert isinstance(resize, ResizedPositions)
     cells = table.shape[1] - resize.prefix

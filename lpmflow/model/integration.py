@@ -28,8 +28,8 @@ class FlowIntegration(nn.Module):
         self.gates = nn.ModuleList(ChannelAttention(config.refine_width) for _ in config.windows)
         self.head_hidden = nn.Conv2d(config.refine_width, 32, 3, padding=1)
         self.head_out = nn.Conv2d(32, 2, 3, padding=1)
-        nn.init.zeros_(self.head_out.weight)  # a fresh network starts from the correlation's own flow
-        nn.init.zeros_(self.head_out.bias)
+        for parameter in self.head_out.parameters():
+            nn.init.zeros_(parameter)  # a fresh network starts from the correlation's own flow
 
     def fuse(self, correlations: tuple[Tensor, ...]) -> ops.FusedFlow:
         """Expected target coordinates in [-1, 1], (B, S, 2, h, w), and their confidence, (B, S, h, w)."""

@@ -56,8 +56,8 @@ class LPMFlow(nn.Module):
         self.layout = LayoutEncoder(config, width)
         self.superres = FeatureSuperResolution(config, width, fine_width)
         self.integration = FlowIntegration(config, width)
-        for module in (self.layout, self.superres, self.integration):
-            module.apply(_init_linear)
+        for part in (self.layout, self.superres, self.integration):
+            part.apply(_init_linear)
         for module in self.superres.modules():
             if isinstance(module, MatchingBlock):
                 _tie_query_and_key(module)

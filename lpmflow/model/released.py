@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lpmflow.model.lpmflow import LPMFlow
+from lpmflow.model.resize import resize_tables
 
 _SWIN = "transformer.layers.0.blocks.0"
 _SIDES = {"source": "src", "target": "trg"}
@@ -46,7 +48,8 @@ _REWRITES: list[tuple[str, str]] = [
 ]
 
 _UNUSED = re.compile(
-    r"masked_tokens|pos_embed_src|encoder\.(pos_embed_trg|cls_pos_embed_src)|encoder\.(cls_token|pos_embed|patch_embed\..*|blocks\.\d+\.spatial_attention\.weight)"
+    r"masked_tokens|pos_embed_src|encoder\.(pos_embed_trg|cls_pos_embed_src|cls_token|pos_embed|patch_embed\..*)"
+    r"|encoder\.blocks\.\d+\.spatial_attention\.weight"
     r"|decoder_s\d\..*norm[34]\.(weight|bias)|.*relative_position_index|feature_extraction\.backbone\.head\..*"
     r"|decoder_s1\.last_block\.0\.pos_embed_(src|trg)_up|decoder_s3\.last_block\.0\.pos_embed_(src|trg)"
 )
@@ -86,9 +89,10 @@ def released_parameter_shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def to_released(model: LPMFlow) -> dict[str, Tensor]:
-    """`model`'s parameters under their released names and shapes; ValueError for a variant the release has no names for.
+    """`model`'s parameters under their released names and shapes.
 
-    Holds what inference uses, so the released code loads it with `strict=False`.
+    Holds what inference uses, so the released code loads it with `strict=False`. Raises ValueError for a variant the
+    release has no names for.
     """
     _check_released_variant(model)
     return {
@@ -97,17 +101,14 @@ def to_released(model: LPMFlow) -> dict[str, Tensor]:
     }
 
 
-def from_released(state_dict: dict[str, Tensor], model: LPMFlow) -> dict[str, Tensor]:
+def from_released(state_dict: dict[str, Any], model: LPMFlow) -> dict[str, Tensor]:
     """A released state dict under our names, for `model.load_state_dict`.
 
     Accepts the `module.` prefix and a dict that holds the state under `state_dict`. Raises ValueError that lists what
-    is missing or unexpected. Tables of another grid are resized to the model's.
+    is missing or unexpected, or names what has another shape. Tables of another grid are resized to the model's.
     """
-    from lpmflow.model.resize import resize_tables
-
     _check_released_variant(model)
-    inner = state_dict.get("state_dict", state_dict)
-    given = {name.removeprefix("module."): tensor for name, tensor in inner.items()}
+    given = _parameters(state_dict)
     names = {name: released_name(name) for name in model.state_dict()}
     check_names(
         "released checkpoint",
@@ -118,10 +119,9 @@ def from_released(state_dict: dict[str, Tensor], model: LPMFlow) -> dict[str, Te
     return resize_tables(ours, model)
 
 
-def is_released(state_dict: dict[str, Tensor]) -> bool:
+def is_released(state_dict: dict[str, Any]) -> bool:
     """Whether the names look like a released checkpoint's."""
-    inner = state_dict.get("state_dict", state_dict)
-    return any(str(name).removeprefix("module.") == "encoder.norm.weight" for name in inner)
+    return "encoder.norm.weight" in _parameters(state_dict)
 
 
 def check_names(what: str, missing: list[str], unexpected: list[str]) -> None:
@@ -135,13 +135,19 @@ def check_names(what: str, missing: list[str], unexpected: list[str]) -> None:
         raise ValueError(f"the {what} does not fit the model: {'; '.join(problems)}")
 
 
+def _parameters(state_dict: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors by name, out of the wrapping and the prefixes a training script may have added."""
+    inner = state_dict.get("state_dict")
+    given = inner if isinstance(inner, dict) else state_dict
+    return {str(name).removeprefix("module."): tensor for name, tensor in given.items()}
+
+
 def _is_gate(name: str) -> bool:
     return ".gates." in name  # the release stores these matrices as 1x1 convolutions
 
 
-def _check_released_variant(model: nn.Module) -> None:
+def _check_released_variant(model: LPMFlow) -> None:
     config = model.config
-    assert not isinstance(config, (Tensor, nn.Module))
     fits = config.representation == "joint" and config.region_bias and config.cross_scale and len(config.windows) == 3
     if not fits or config.fine_features or config.superres_depth != 2:
         raise ValueError(

@@ -6,59 +6,80 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from lpmflow.config import LPMFlowConfig
+from lpmflow.model.lpmflow import LPMFlow
 
 Grid = tuple[int, int]
+_COORDINATES = ("integration.y_normal", "integration.x_normal")
 
 
-def resize_tables(
-    state_dict: dict[str, Tensor], model: nn.Module, trained: LPMFlowConfig | None = None
-) -> dict[str, Tensor]:
-    """`state_dict` (our names) with every table that depends on a grid or a window resized to `model`'s shapes.
+def resize_tables(state_dict: dict[str, Tensor], model: LPMFlow) -> dict[str, Tensor]:
+    """`state_dict` (all parameters, our names) with every table of a grid or a window resized to `model`'s.
 
-    `trained` is the configuration the tables come from; None means square grids. Tensors that already fit pass
-    unchanged; ValueError names one that neither fits nor is such a table.
+    The grid the tables come from is told by the lengths of `integration.y_normal` and `x_normal`, for the number of a
+    table's entries does not tell 2x8 cells from 4x4. Tables of the same grid or window pass unchanged, as does what no
+    grid decides. Raises ValueError naming a parameter that fits neither grid.
     """
-    wanted = model.state_dict()
+    trained = _trained_grid(state_dict)
     return {
-        name: tensor
-        if name not in wanted or tensor.shape == wanted[name].shape
-        else _resize(name, tensor, wanted[name], model, trained)
-        for name, tensor in state_dict.items()
+        name: _resize(name, state_dict[name], tuple(like.shape), trained, model.config.coarse_grid)
+        for name, like in model.state_dict().items()
     }
 
 
-def _resize(name: str, table: Tensor, like: Tensor, model: nn.Module, trained: LPMFlowConfig | None) -> Tensor:
-    config: LPMFlowConfig = model.config  # type: ignore[assignment]
+def _trained_grid(state_dict: dict[str, Tensor]) -> Grid:
+    """(h, w) of the coarse grid; the coordinate tables have one entry a column or row of the fine one."""
+    for name in _COORDINATES:
+        table = state_dict[name]
+        if table.ndim != 1 or len(table) == 0 or len(table) % 2:
+            raise ValueError(f"parameter {name} must have shape (2 x cells,), got {tuple(table.shape)}")
+    height, width = (len(state_dict[name]) // 2 for name in _COORDINATES)
+    return height, width
+
+
+def _resize(name: str, table: Tensor, wanted: tuple[int, ...], old: Grid, new: Grid) -> Tensor:
+    """`table` of the parameter `name`, from the coarse grid `old` to `new`, where it has the shape `wanted`."""
     leaf = name.rsplit(".", 1)[-1]
-    if leaf in ("x_normal", "y_normal"):
-        return F.interpolate(table[None, None].float(), like.shape[0], mode="linear", align_corners=True)[0, 0]
+    if name in _COORDINATES:
+        if tuple(table.shape) == wanted:
+            return table
+        return F.interpolate(_full(table)[None, None], wanted[0], mode="linear", align_corners=True)[0, 0]
     if name.startswith("layout.") and leaf == "bias_table":
-        cells = table.shape[1] // 4
-        old = trained.coarse_grid if trained else _square((math.isqrt(cells) + 1) // 2)
+        _check(name, table, (wanted[0], (2 * old[0] - 1) * (2 * old[1] - 1) * 4))
+        if old == new:
+            return table
         maps = table.unflatten(1, (2 * old[0] - 1, 2 * old[1] - 1, 4)).permute(0, 3, 1, 2)
-        new = config.coarse_grid
         return _bicubic(maps, (2 * new[0] - 1, 2 * new[1] - 1)).permute(0, 2, 3, 1).flatten(1)
     if leaf == "bias_table":
-        old_side, new_side = math.isqrt(table.shape[0]), math.isqrt(like.shape[0])
-        maps = table.t().unflatten(1, (old_side, old_side))[None]
-        return _bicubic(maps, (new_side, new_side))[0].flatten(1).t()
+        side = math.isqrt(table.shape[0])
+        _check(name, table, (side * side, wanted[1]))
+        if tuple(table.shape) == wanted:
+            return table
+        maps = table.t().unflatten(1, (side, side))[None]
+        return _bicubic(maps, (math.isqrt(wanted[0]),) * 2)[0].flatten(1).t()
     if leaf.startswith("position"):
-        fine = leaf.endswith("_fine")
-        new = config.fine_grid if fine else config.coarse_grid
-        prefix = like.shape[1] - new[0] * new[1]
-        cells = table.shape[1] - prefix
-        old = (trained.fine_grid if fine else trained.coarse_grid) if trained else _square(math.isqrt(cells))
+        if leaf.endswith("_fine"):
+            old, new = (2 * old[0], 2 * old[1]), (2 * new[0], 2 * new[1])
+        prefix = wanted[1] - new[0] * new[1]
+        _check(name, table, (1, prefix + old[0] * old[1], wanted[2]))
+        if old == new:
+            return table
         maps = table[:, prefix:].transpose(1, 2).unflatten(2, old)
-        return torch.cat((table[:, :prefix].float(), _bicubic(maps, new).flatten(2).transpose(1, 2)), dim=1)
-    raise ValueError(f"parameter {name} must have shape {tuple(like.shape)}, got {tuple(table.shape)}")
+        return torch.cat((_full(table[:, :prefix]), _bicubic(maps, new).flatten(2).transpose(1, 2)), dim=1)
+    _check(name, table, wanted)
+    return table
+
+
+def _check(name: str, table: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(table.shape) != shape:
+        raise ValueError(f"parameter {name} must have shape {shape}, got {tuple(table.shape)}")
 
 
 def _bicubic(maps: Tensor, size: Grid) -> Tensor:
-    return F.interpolate(maps.float(), size, mode="bicubic", align_corners=False)
+    return F.interpolate(_full(maps), size, mode="bicubic", align_corners=False)
 
 
-def _square(side: int) -> Grid:
-    return side, side
+def _full(table: Tensor) -> Tensor:
+    """`table` in at least float32: half precision is for storage."""
+    return table.to(torch.promote_types(table.dtype, torch.float32))
