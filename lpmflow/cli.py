@@ -37,6 +37,11 @@ examples:
 Points are x,y in pixels of A, x to the right and y down, the centre of the top left pixel at 0,0. Each comes out on a
 line of its own, as "x,y -> x,y", the second in pixels of B.
 """,
+    "evaluate": """\
+examples:
+  lpmflow evaluate --benchmark spair --root SPair-71k --split val
+  lpmflow evaluate --benchmark hpatches --root hpatches/v_dogman --model trained.safetensors
+""",
     "demo": """\
 example:
   lpmflow demo -o /tmp/lpmflow-demo
@@ -85,10 +90,17 @@ def parser() -> argparse.ArgumentParser:
     )
     match.add_argument("--points", metavar="X,Y", type=_point, nargs="+", default=[], help="transfer these points")
     match.add_argument("--save-flow", metavar="FILE.flo", type=_output((".flo",)), help="write the flow (.flo) as well")
-    match.add_argument("--model", metavar="NAME|FILE", help="model name or weight file (default: the embedded weights)")
-    match.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: cuda where there is one, else cpu)")
-    match.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32)")
+    _matcher_options(match)
     match.set_defaults(command=match)
+
+    evaluate = _command(commands, "evaluate", "score a model on image pairs whose truth is known", run_evaluate)
+    evaluate.add_argument(
+        "--benchmark", required=True, metavar="LAYOUT", help="spair (keypoints) or hpatches (homographies)"
+    )
+    evaluate.add_argument("--root", required=True, metavar="DIR", help="folder in that layout")
+    evaluate.add_argument("--split", default="val", help="trn, val or test, for spair (default: %(default)s)")
+    evaluate.add_argument("--batch-size", metavar="N", type=int, default=8, help="pairs at once (default: %(default)s)")
+    _matcher_options(evaluate)
 
     demo = _command(commands, "demo", "match the bundled photographs on the CPU and write pictures", run_demo)
     demo.add_argument("-o", "--output", metavar="DIR", default="lpmflow-demo", help="folder (default: ./%(default)s)")
@@ -119,6 +131,15 @@ def run_match(args: argparse.Namespace) -> None:
             print(f"wrote {path}")
 
 
+def run_evaluate(args: argparse.Namespace) -> None:
+    """`lpmflow evaluate`."""
+    from lpmflow import benchmark
+    from lpmflow.matcher import Matcher
+
+    matcher = Matcher(model=args.model, device=args.device, dtype=args.dtype)
+    benchmark.run(args.benchmark, args.root, matcher, split=args.split, batch_size=args.batch_size)
+
+
 def run_demo(args: argparse.Namespace) -> None:
     """`lpmflow demo`."""
     from lpmflow import demo
@@ -137,6 +158,12 @@ def run_info(args: argparse.Namespace) -> None:
         print(json.dumps(found, indent=2))
     else:
         print(info.format_info(found))
+
+
+def _matcher_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", metavar="NAME|FILE", help="name or weight file (default: the embedded weights)")
+    command.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: cuda where there is one, else cpu)")
+    command.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32)")
 
 
 def _print_points(match: Match, points: list[tuple[float, float]]) -> None:

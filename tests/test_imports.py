@@ -32,10 +32,11 @@ ARROWS: dict[str, set[str]] = {
     "matcher": LEAVES | {"images", "result", "model"},
     "data": LEAVES | {"images"},
     "evaluation": LEAVES | {"data"},
-    "training": LEAVES | {"images", "data", "model", "evaluation"},
+    "training": LEAVES | {"images", "data", "model", "evaluation", "flowfile"},
+    "benchmark": LEAVES | {"data", "evaluation", "matcher", "result"},
     "info": LEAVES | {"lpmflow", "model", "ops"},
     "demo": LEAVES | {"images", "matcher", "result", "visualize", "flowfile"},
-    "cli": LEAVES | {"lpmflow", "matcher", "result", "model", "training", "evaluation", "info", "demo"},
+    "cli": LEAVES | {"lpmflow", "matcher", "result", "model", "benchmark", "info", "demo"},
     "__main__": {"cli"},
     "lpmflow_kernels": set(),
 }
