@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Pair = TypeVar("Pair", KeypointPair, HomographyPair)
 
 BENCHMARKS = ("spair", "hpatches")
-ALPHAS = (0.05, 0.1, 0.15)
+ALPHAS = (0.01, 0.05, 0.1, 0.15)
 SHARES = (0.01, 0.05)
 """Errors counted as right on homographies, as parts of the target's longer side."""
 
@@ -38,8 +38,11 @@ def run(
 ) -> None:
     """Match and score a folder in the layout `benchmark`, "spair" or "hpatches", and `say` the report line by line.
 
-    Raises ValueError for an unknown benchmark, and what the reader of that layout and the matcher raise.
+    Raises ValueError for an unknown benchmark or a `batch_size` below 1, and what the reader of that layout and the
+    matcher raise.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if benchmark == "spair":
         report_keypoints(load_spair(root, split), matcher, batch_size=batch_size, say=say, title=f"{root}, {split}")
     elif benchmark == "hpatches":
@@ -54,6 +57,14 @@ def report_keypoints(
     """PCK of the matcher on `pairs` at each of `ALPHAS`."""
     errors = []
     for pair, match in _matched(pairs, matcher, batch_size):
+        for said, found, path in (
+            (pair.source_size, match.src_size, pair.source),
+            (pair.target_size, match.tgt_size, pair.target),
+        ):
+            if said is not None and said != found:
+                raise ValueError(
+                    f"{path} must be {said[1]} x {said[0]}, the size it was marked at, got {found[1]} x {found[0]}"
+                )
         height, width = match.src_size
         # marked points of these data sets lie beyond the border here and there
         points = pair.source_points.clip(-0.5, (width - 0.5, height - 0.5))

@@ -35,7 +35,7 @@ examples:
   lpmflow match cat.jpg dog.jpg -o match.png --model trained.safetensors
 
 Points are x,y in pixels of A, x to the right and y down, the centre of the top left pixel at 0,0. Each comes out on a
-line of its own, as "x,y -> x,y", the second in pixels of B.
+line of its own, as "x,y -> x,y", the second in pixels of B. Write --points=-0.3,5 when the first is negative.
 """,
     "evaluate": """\
 examples:
@@ -95,10 +95,12 @@ def parser() -> argparse.ArgumentParser:
 
     evaluate = _command(commands, "evaluate", "score a model on image pairs whose truth is known", run_evaluate)
     evaluate.add_argument(
-        "--benchmark", required=True, metavar="LAYOUT", help="spair (keypoints) or hpatches (homographies)"
+        "--benchmark", required=True, choices=("spair", "hpatches"), help="keypoints, or homographies"
     )
     evaluate.add_argument("--root", required=True, metavar="DIR", help="folder in that layout")
-    evaluate.add_argument("--split", default="val", help="trn, val or test, for spair (default: %(default)s)")
+    evaluate.add_argument(
+        "--split", default="val", choices=("trn", "val", "test"), help="of spair (default: %(default)s)"
+    )
     evaluate.add_argument("--batch-size", metavar="N", type=int, default=8, help="pairs at once (default: %(default)s)")
     _matcher_options(evaluate)
 
@@ -121,14 +123,16 @@ def run_match(args: argparse.Namespace) -> None:
         if not Path(name).is_file():
             raise OSError(f"{name!r} is not a file")
 
+    from lpmflow.images import load_image
     from lpmflow.matcher import Matcher
 
-    match = Matcher(model=args.model, device=args.device, dtype=args.dtype)(args.source, args.target)
+    source, target = (load_image(path, repr(path)) for path in (args.source, args.target))
+    match = Matcher(model=args.model, device=args.device, dtype=args.dtype)(source, target)
     _print_points(match, args.points)
     for path in (args.output, args.save_flow):
         if path is not None:
             match.save(path)
-            print(f"wrote {path}")
+            print(f"wrote {path}", file=sys.stderr)
 
 
 def run_evaluate(args: argparse.Namespace) -> None:

@@ -64,6 +64,12 @@ class LPMFlowConfig:
         for field in ("image_size", "input_size"):
             object.__setattr__(self, field, _size(field, getattr(self, field)))
         object.__setattr__(self, "windows", _windows(self.windows))
+        for field in ("name", "backbone"):
+            if not isinstance(getattr(self, field), str) or not getattr(self, field):
+                raise ValueError(f"{field} must be a non-empty str, got {getattr(self, field)!r}")
+        for field in ("region_bias", "fine_features", "cross_scale"):
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"{field} must be True or False, got {getattr(self, field)!r}")
         if self.representation not in REPRESENTATIONS:
             raise ValueError(f"representation must be one of {', '.join(REPRESENTATIONS)}, got {self.representation!r}")
         for field in ("patch_size", "heads", "layout_depth", "superres_depth", "superres_window", "refine_heads"):
@@ -112,11 +118,18 @@ class LPMFlowConfig:
         return self.refine_width - 2 * len(self.scales)
 
     def replace(self, **overrides: Any) -> LPMFlowConfig:
-        """A copy with the named fields changed; TypeError lists the fields when a name is unknown."""
+        """A copy with the named fields changed; TypeError lists the fields when a name is unknown.
+
+        An `image_size` alone takes `input_size` along in proportion, so that more of a photograph reaches the network.
+        """
         known = [field.name for field in dataclasses.fields(self)]
         for name in overrides:
             if name not in known:
                 raise TypeError(f"unknown model option {name!r}; the options are {', '.join(known)}")
+        if "image_size" in overrides and "input_size" not in overrides:
+            wanted = _size("image_size", overrides["image_size"])
+            sides = zip(self.input_size, self.image_size, wanted, strict=True)
+            overrides["input_size"] = tuple(max(given * new // old, 1) for given, old, new in sides)
         return dataclasses.replace(self, **overrides)
 
     def to_dict(self) -> dict[str, Any]:
@@ -185,26 +198,30 @@ def preset(name: str) -> LPMFlowConfig:
 
 
 def _size(field: str, value: Any) -> tuple[int, int]:
-    sides = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
-    if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
+    sides = (value, value) if _is_whole(value) else tuple(value) if isinstance(value, (tuple, list)) else ()
+    if len(sides) != 2 or not all(_is_whole(side) and side >= 1 for side in sides):
         raise ValueError(f"{field} must be a positive integer or (height, width), got {value!r}")
     return sides
 
 
 def _windows(value: Any) -> tuple[int, ...]:
     windows = tuple(value) if isinstance(value, (tuple, list)) else ()
-    if not windows or not all(isinstance(window, int) and window >= 1 for window in windows):
+    if not windows or not all(_is_whole(window) and window >= 1 for window in windows):
         raise ValueError(f"windows must be a sequence of positive integers such as (16, 8, 4), got {value!r}")
     return windows
 
 
 def _whole(field: str, value: Any, *, at_least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+    if not _is_whole(value) or value < at_least:
         raise ValueError(f"{field} must be an integer of at least {at_least}, got {value!r}")
 
 
 def _number(field: str, value: Any, *, low: float, high: float, open_low: bool = False) -> None:
-    inside = isinstance(value, (int, float)) and (low < value if open_low else low <= value) and value <= high
-    if not inside:
-        bound = "above" if open_low else "from"
-        raise ValueError(f"{field} must be a number {bound} {low:g} to {high:g}, got {value!r}")
+    known = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not known or not (low < value if open_low else low <= value) or value > high or value == math.inf:
+        bounds = f"from {low:g} to {high:g}" if high < math.inf else f"{'above' if open_low else 'of at least'} {low:g}"
+        raise ValueError(f"{field} must be a finite number {bounds}, got {value!r}")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,4 +1,4 @@
-"""THE coordinate convention, once; every other file takes its formulas from here.
+"""THE coordinate convention, once; every other file follows it.
 
 **Pixels.** A point is (x, y): x to the right, y down, in pixels of its own image. Pixel *centres* have integer
 coordinates, so an image of height H and width W covers [-0.5, W - 0.5] x [-0.5, H - 0.5], its top left pixel is

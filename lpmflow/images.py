@@ -142,6 +142,8 @@ def _from_pil(image: Image, name: str, what: str = "PIL image") -> Tensor:
             image = ImageOps.exif_transpose(image)
     except Exception as error:
         raise OSError(f"{name} must be a readable image, but the {what} cannot be decoded: {error}") from error
+    if image.mode.startswith("I") and "transparency" in image.info:
+        raise ValueError(f"{name} must not be a 16-bit {what} with a transparent value; save it with an alpha channel")
     if image.mode.startswith("I;16"):
         return _from_array(np.asarray(image).astype(np.uint16), name)
     if image.mode == "I":

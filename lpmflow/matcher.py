@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import threading
@@ -100,7 +101,8 @@ class Matcher:
         if self.model.training:
             raise RuntimeError("the matcher's model was put back into training mode; call its eval() before matching")
         sources, targets = (torch.stack([pair[side][0] for pair in pairs]).to(self.device) for side in (0, 1))
-        mixed = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        half = self.dtype != torch.float32
+        mixed = torch.autocast(self.device.type, self.dtype) if half else contextlib.nullcontext()
         with torch.inference_mode(), mixed:
             output = self.model(sources, targets)
         grids = [grid.float().cpu().numpy() for grid in (output.flow, output.confidence, output.foreground)]
@@ -201,7 +203,7 @@ def _checked(model: Any) -> LPMFlow:
     if model.weights is None:
         raise ValueError(
             "model must have trained weights, but those of this one are random and would answer nonsense: load a "
-            "checkpoint with lpmflow.load_checkpoint, or train it"
+            "checkpoint with lpmflow.load_checkpoint, or, once you have trained it, say so in its attribute `weights`"
         )
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
@@ -214,7 +216,7 @@ def _checked(model: Any) -> LPMFlow:
 
 def _device(device: DeviceLike) -> torch.device:
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if not isinstance(device, (str, torch.device)):
         raise TypeError(f"device must be a str or a torch.device, got {_kind(device)}")
     known = _devices()
@@ -222,7 +224,12 @@ def _device(device: DeviceLike) -> torch.device:
         found = torch.device(device)
     except RuntimeError:
         found = None
-    if found is None or (str(found) not in known and not (found.type in known and found.index is None)):
+    if found is not None and found.type == "cuda" and found.index is None and "cuda" in known:
+        # which one "cuda" is differs from thread to thread, so it is settled here
+        return torch.device("cuda", torch.cuda.current_device())
+    if found is not None and found.type in ("cpu", "mps") and found.index == 0:
+        found = torch.device(found.type)  # there is one of these
+    if found is None or str(found) not in known:
         raise ValueError(f"device must be one of {', '.join(known)}, as they exist here, got {str(device)!r}")
     return found
 

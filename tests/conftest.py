@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,15 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the folder ../shared with stored facts and photographs is not here")
     return SHARED
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For small tensors: threads gain nothing there, lose much on a busy machine, and may change the last bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class FakeModel(nn.Module):
@@ -95,3 +106,24 @@ def photo() -> np.ndarray:
 def other_photo() -> np.ndarray:
     """Another uint8 image, of another size: (33, 25, 3)."""
     return np.random.default_rng(7).integers(0, 256, (33, 25, 3), dtype=np.uint8)
+
+
+@functools.cache
+def _register_vit(options: tuple[tuple[str, Any], ...]) -> str:
+    from timm.models import register_model
+    from timm.models.vision_transformer import VisionTransformer
+
+    def entry(**given: Any) -> nn.Module:
+        sizes = {name: given[name] for name in ("img_size", "patch_size", "num_classes") if name in given}
+        shape = {"img_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}
+        return VisionTransformer(**{**shape, **dict(options), **sizes})
+
+    entry.__name__ = "_".join(["small_vit", *(f"{name}_{value}".lower() for name, value in options)])
+    register_model(entry)
+    return entry.__name__
+
+
+@pytest.fixture(scope="session")
+def small_vit() -> Callable[..., str]:
+    """Registers a timm ViT of width 32 and two blocks, trained, were it trained, at 64 x 64; gives its name."""
+    return lambda **options: _register_vit(tuple(options.items()))

@@ -11,12 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 import lpmflow
 from lpmflow import cli
 from lpmflow.demo import photograph
+from lpmflow.images import load_image
 
 CAT, RACCOON = str(photograph("cat")), str(photograph("raccoon"))
+SHAPES = tuple(tuple(load_image(path, path).shape) for path in (CAT, RACCOON))
 
 
 class FakeMatch:
@@ -38,8 +41,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         def __init__(self, **options: Any) -> None:
             recorded.append(options)
 
-        def __call__(self, source: str, target: str) -> FakeMatch:
-            recorded.append((source, target))
+        def __call__(self, source: Tensor, target: Tensor) -> FakeMatch:
+            recorded.append((tuple(source.shape), tuple(target.shape)))
             return FakeMatch()
 
     monkeypatch.setattr("lpmflow.matcher.Matcher", FakeMatcher)
@@ -55,8 +58,8 @@ def test_match_writes_and_prints(calls: list[Any], tmp_path: Path, capsys: pytes
     out, flow = tmp_path / "match.png", tmp_path / "match.flo"
     code = cli.main(["match", CAT, RACCOON, "-o", str(out), "--points", "12,8.5", "0,0", "--save-flow", str(flow)])
     assert code == 0
-    assert calls == [{"model": None, "device": None, "dtype": None}, (CAT, RACCOON)]
-    assert capsys.readouterr() == (f"12,8.5 -> 22.00,8.75\n0,0 -> 10.00,0.25\nwrote {out}\nwrote {flow}\n", "")
+    assert calls == [{"model": None, "device": None, "dtype": None}, SHAPES]
+    assert capsys.readouterr() == ("12,8.5 -> 22.00,8.75\n0,0 -> 10.00,0.25\n", f"wrote {out}\nwrote {flow}\n")
     assert out.read_text() == flow.read_text() == "match"
 
 

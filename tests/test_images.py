@@ -125,6 +125,13 @@ def test_a_sixteen_bit_png(tmp_path):
     close(load_image(tmp_path / "deep.png", "source"), torch.tensor([0.0, 1 / 255, 1.0]).expand(3, 1, 3))
 
 
+def test_a_transparent_value_of_16_bits_is_refused(tmp_path):
+    image = Image.fromarray(np.full((2, 3), 40000, np.uint16))
+    image.info["transparency"] = 40000
+    with pytest.raises(ValueError, match="src must not be a 16-bit PIL image with a transparent value"):
+        load_image(image, "src")
+
+
 def test_a_palette_with_a_transparent_colour(tmp_path):
     image = Image.new("P", (2, 1))
     image.putpalette([255, 0, 0, 0, 0, 255])

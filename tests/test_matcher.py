@@ -273,6 +273,10 @@ def test_a_checkpoint_of_ours(tmp_path, photo, other_photo):
     model = create_model("lpmflow-tiny")
     path = tmp_path / "mine.safetensors"
     save_checkpoint(model, path)
+    with pytest.raises(ValueError, match="model must have trained weights, but those of this one are random"):
+        Matcher(path, "cpu")
+    model.weights = "my own loop"
+    save_checkpoint(model, path)
     for given in (path, str(path)):
         match = Matcher(given, "cpu")(photo, other_photo)
         assert match.flow.shape == (40, 60, 2) and np.isfinite(match.flow).all()
@@ -319,11 +323,18 @@ def test_cuda_without_a_gpu_is_refused(fake_model, monkeypatch):
 def test_the_gpu_is_chosen_where_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert door._device(None) == torch.device("cuda")
-    assert door._device("cuda") == torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert door._device(None) == torch.device("cuda:1")
+    assert door._device("cuda") == torch.device("cuda:1")
     assert door._device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(ValueError, match="device must be one of cpu, cuda, cuda:0, cuda:1.*, got 'cuda:2'"):
         door._device("cuda:2")
+
+
+def test_the_only_cpu_may_be_numbered():
+    assert door._device("cpu:0") == torch.device("cpu")
+    with pytest.raises(ValueError, match="device must be one of cpu.*, got 'cpu:1'"):
+        door._device("cpu:1")
 
 
 @pytest.mark.parametrize("device", [0, 1.5, ["cpu"]])

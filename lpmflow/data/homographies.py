@@ -28,9 +28,13 @@ class HomographyPair:
     """(3, 3): source pixel (x, y, 1) -> target pixel, up to a factor; pixel centres are integers."""
 
     def transfer(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Source pixels (..., 2) as target pixels, the truth; float64."""
+        """Source pixels (..., 2) as target pixels, the truth; float64, NaN for what the second camera has behind it.
+
+        That is where the homography's third coordinate has another sign than at the first pixel, (0, 0).
+        """
         moved = points @ self.homography[:, :2].T + self.homography[:, 2]
-        return np.asarray(moved[..., :2] / moved[..., 2:])
+        depth = moved[..., 2:] * np.sign(self.homography[2, 2] or 1.0)
+        return np.where(depth > 0, moved[..., :2] / np.where(depth > 0, moved[..., 2:], 1.0), np.nan)
 
 
 def load_homographies(folder: str | os.PathLike[str]) -> list[HomographyPair]:

@@ -50,7 +50,7 @@ def recolour(images: Tensor, generator: torch.Generator) -> Tensor:
 def occlude(images: Tensor, others: Tensor, size: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Half of the images (B, 3, H, W) partly covered by blobs of `others` (B, 3, any size), and the mask (B, 1, H, W).
 
-    A blob is where smooth noise is highest; it covers at most a quarter of the image.
+    A blob is where smooth noise is highest; it covers about a quarter of the image at most.
     """
     count = len(images)
     noise = torch.randn(count, 1, 5, 5, generator=generator, device=images.device)

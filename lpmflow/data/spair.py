@@ -36,6 +36,9 @@ class KeypointPair:
     source_box: NDArray[np.float64]
     """(4,): x1, y1, x2, y2 of the object, in pixels."""
     target_box: NDArray[np.float64]
+    source_size: tuple[int, int] | None = None
+    """(height, width) the annotation was made at, where it says so."""
+    target_size: tuple[int, int] | None = None
 
 
 def load_spair(root: str | os.PathLike[str], split: str) -> list[KeypointPair]:
@@ -50,16 +53,20 @@ def load_spair(root: str | os.PathLike[str], split: str) -> list[KeypointPair]:
     layout = folder / "Layout" / "large" / f"{split}.txt"
     if not layout.is_file():
         raise FileNotFoundError(f"root must be a folder in the layout of SPair-71k, but there is no {layout}")
-    names = [line.strip() for line in layout.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        names = [line.strip() for line in layout.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{layout} must be text: {error}") from error
     if not names:
         raise ValueError(f"{layout} lists no pair")
+    for name in names:
+        if ":" not in name:
+            raise ValueError(f"{layout} must list NUMBER-SOURCE-TARGET:category, got {name!r}")
     return [_pair(folder, split, name) for name in names]
 
 
 def _pair(root: Path, split: str, name: str) -> KeypointPair:
-    stem, colon, category = name.rpartition(":")
-    if not colon:
-        raise ValueError(f"Layout/large/{split}.txt must list NUMBER-SOURCE-TARGET:category, got {name!r}")
+    stem, _, category = name.rpartition(":")
     folder = root / "PairAnnotation" / split
     # Windows allows no colon in a file name, and some copies of the data set avoid it.
     files = [folder / f"{name}.json", folder / f"{stem}_{category}.json"]
@@ -69,7 +76,8 @@ def _pair(root: Path, split: str, name: str) -> KeypointPair:
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
         source_points, target_points = (_array(fields, key, (-1, 2)) for key in ("src_kps", "trg_kps"))
-        source_box, target_box = (_array(fields, key, (4,)) for key in ("src_bndbox", "trg_bndbox"))
+        source_box, target_box = (_box(fields, key) for key in ("src_bndbox", "trg_bndbox"))
+        sizes = [_size(fields, key) for key in ("src_imsize", "trg_imsize")]
         source, target = (root / "JPEGImages" / category / fields[key] for key in ("src_imname", "trg_imname"))
     except (ValueError, KeyError, TypeError) as error:
         what = f"has no {error}" if isinstance(error, KeyError) else str(error)
@@ -82,7 +90,7 @@ def _pair(root: Path, split: str, name: str) -> KeypointPair:
     for image in (source, target):
         if not image.is_file():
             raise FileNotFoundError(f"{file}: there is no image {image}")
-    return KeypointPair(name, category, source, target, source_points, target_points, source_box, target_box)
+    return KeypointPair(name, category, source, target, source_points, target_points, source_box, target_box, *sizes)
 
 
 def _array(fields: dict[str, Any], key: str, shape: tuple[int, ...]) -> NDArray[np.float64]:
@@ -93,3 +101,18 @@ def _array(fields: dict[str, Any], key: str, shape: tuple[int, ...]) -> NDArray[
     if not np.isfinite(values).all():
         raise ValueError(f"{key} must be finite")
     return values
+
+
+def _box(fields: dict[str, Any], key: str) -> NDArray[np.float64]:
+    box = _array(fields, key, (4,))
+    if not (box[:2] < box[2:]).any():
+        raise ValueError(f"{key} must be x1, y1, x2, y2 with x1 < x2 or y1 < y2, got {box.tolist()}")
+    return box
+
+
+def _size(fields: dict[str, Any], key: str) -> tuple[int, int] | None:
+    """(height, width) of an image whose annotation says [width, height, channels]; None where it does not."""
+    if key not in fields:
+        return None
+    width, height, _ = _array(fields, key, (3,)).astype(int).tolist()
+    return height, width

@@ -30,8 +30,11 @@ class PCK:
 
 
 def box_extent(box: ArrayLike) -> float:
-    """The longer side of a box x1, y1, x2, y2, in pixels; ValueError when it has none."""
-    x1, y1, x2, y2 = np.asarray(box, dtype=np.float64)
+    """The longer side of a box x1, y1, x2, y2, in pixels; ValueError when it has none or is no box."""
+    corners = np.asarray(box, dtype=np.float64)
+    if corners.shape != (4,):
+        raise ValueError(f"box must be x1, y1, x2, y2, got shape {corners.shape}")
+    x1, y1, x2, y2 = corners.tolist()
     extent = float(max(x2 - x1, y2 - y1))
     if not extent > 0:
         raise ValueError(f"box must have a positive side, got {(x1, y1, x2, y2)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from types import ModuleType
 from typing import NamedTuple
 
@@ -39,6 +40,9 @@ def import_timm() -> ModuleType:
             f"timm cannot be imported because {error.name} is missing: pip install {error.name}"
         ) from error
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
+        passed = traceback.extract_tb(error.__traceback__)
+        if not any("torchvision" in frame.filename for frame in passed) and "torchvision" not in str(error):
+            raise ImportError(f"timm cannot be imported: {error}") from error
         raise ImportError(
             f"timm cannot be imported because torchvision does not fit torch {torch.__version__} "
             f"(install the two from the same index: pip install --force-reinstall torch torchvision): {error}"
@@ -62,7 +66,7 @@ class ConvBackbone(nn.Module):
 
 
 class ViTBackbone(nn.Module):
-    """Any timm vision transformer, run at the configured image size.
+    """Any timm vision transformer that cuts the image itself into patches, run at the configured image size.
 
     The position table stays at the size it was trained at and is resized in the forward pass, with DINO's rule, so
     that a checkpoint of any size loads and is saved unchanged. Register tokens are dropped.
@@ -76,12 +80,13 @@ class ViTBackbone(nn.Module):
         try:
             net = timm.create_model(config.backbone, pretrained=pretrained, num_classes=0)
         except RuntimeError as error:
-            if "Unknown model" not in str(error):
+            if not str(error).startswith(("Unknown model", "Invalid pretrained tag")):
                 raise
             raise ValueError(
                 f"backbone must be {CONVNET!r} or the name of a timm vision transformer, got {config.backbone!r}"
             ) from error
-        if not hasattr(net, "set_input_size") or not hasattr(net, "num_prefix_tokens") or not hasattr(net, "blocks"):
+        needed = all(hasattr(net, name) for name in ("set_input_size", "num_prefix_tokens", "blocks"))
+        if not needed or not isinstance(getattr(net, "patch_embed", None), timm.layers.PatchEmbed):
             raise ValueError(
                 f"backbone must be {CONVNET!r} or the name of a timm vision transformer, "
                 f"got {config.backbone!r} ({type(net).__name__})"
@@ -112,6 +117,8 @@ class ViTBackbone(nn.Module):
 
     def forward(self, images: Tensor) -> Features:
         tokens = self.net.forward_features(images)
+        if isinstance(self.net.norm, nn.Identity):
+            tokens = self.net.fc_norm(tokens)  # a network pooled by the mean keeps its final norm behind the pooling
         patches = tokens[:, self.prefix :]
         cls = tokens[:, :1] if self.has_cls else patches.mean(dim=1, keepdim=True)
         return Features(torch.cat((cls, patches), dim=1), None)

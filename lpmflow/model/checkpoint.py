@@ -5,11 +5,14 @@ Nothing here unpickles code: `.pth` files are read with `weights_only=True`.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import math
 import os
 import re
 import secrets
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +26,14 @@ from lpmflow.model.released import check_names, is_released
 from lpmflow.model.resize import resize_tables
 
 FORMAT = "lpmflow-1"
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _WRAPPERS = ("teacher", "state_dict", "model")
 _PREFIX = re.compile(r"^(module\.|backbone\.)+")
-_HEADS = re.compile(r"(head|fc|projector|predictor|last_layer)\.|decoder_|mask_token|masked_embed")
+# Options that may differ from those the weights were trained with: the others change what the weights mean.
+_FREE = {"image_size", "input_size", "dropout", "refine_dropout", "windows", "temperature"}
+_FREE |= {"rptc_top_k", "rptc_ratio", "rptc_temperature", "rptc_weight", "rptc_decline"}
+_READING = threading.Lock()
+_HEADS = re.compile(r"(head|head_dist|fc|projector|predictor|last_layer)\.|decoder_|mask_token|masked_embed")
 
 
 def save_checkpoint(
@@ -37,12 +45,12 @@ def save_checkpoint(
 ) -> None:
     """Write `model` to a .safetensors file with its configuration in the metadata, whole or not at all.
 
-    `dtype` (such as torch.float16) converts the floating tensors; `extra` adds metadata, e.g. how it was trained.
+    A model whose `weights` is None is marked as random in the file, and so it is again when loaded. `dtype` (such as
+    torch.float16) converts the floating tensors; `extra` adds metadata, e.g. how it was trained.
     Raises ValueError for another suffix or when a value does not fit the dtype, OSError when it cannot be written,
     ValueError or TypeError for another argument that makes no sense.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     path = Path(path)
     if not isinstance(model, LPMFlow):
@@ -51,8 +59,8 @@ def save_checkpoint(
         raise ValueError(f"path must end in .safetensors, got {str(path)!r}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path must name a file in an existing folder, got {str(path)!r}")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}")
+    if dtype is not None and dtype not in _DTYPES:
+        raise TypeError(f"dtype must be {', '.join(map(str, _DTYPES))} or None, got {dtype!r}")
     _check_extra(extra)
     tensors = {}
     for name, tensor in model.state_dict().items():
@@ -63,12 +71,11 @@ def save_checkpoint(
             raise ValueError(f"parameter {name} is not finite as {stored.dtype}")
         tensors[name] = stored.contiguous().clone()
     metadata = {**(extra or {}), "format": FORMAT, "config": json.dumps(model.config.to_dict())}
+    metadata["weights"] = "random" if model.weights is None else "trained"
     temporary = path.parent / f".lpmflow-{secrets.token_hex(8)}.tmp"
     try:
-        save_file(tensors, temporary, metadata=metadata)
+        temporary.write_bytes(save(tensors, metadata))
         os.replace(temporary, path)
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -76,13 +83,28 @@ def save_checkpoint(
 def load_checkpoint(path: str | os.PathLike[str], **overrides: Any) -> LPMFlow:
     """The network stored at `path`, in evaluation mode: our .safetensors, or a released LPMFlow .pth.
 
-    `overrides` change fields of the stored configuration, such as `image_size`; tables are resized to the new grid.
-    Raises OSError when the file is missing or corrupt, ValueError when it holds something else.
+    `overrides` change fields of the configuration: for our files `image_size` (tables are resized to the new grid),
+    `input_size`, `windows`, `temperature`, the dropouts and RPTC's, which the weights do not depend on; for a
+    released file, which stores no configuration, any field. Raises OSError when the file is missing or corrupt,
+    ValueError when it holds something else or when another field is overridden.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        stored, tensors = _read_safetensors(path)
-        model = LPMFlow(stored.replace(**overrides))
+        stored, tensors, trained = _read_safetensors(path)
+        config = stored.replace(**overrides)
+        changed = [name for name, value in stored.to_dict().items() if config.to_dict()[name] != value]
+        if fixed := [name for name in changed if name not in _FREE]:
+            raise ValueError(
+                f"{fixed[0]} must be {getattr(stored, fixed[0])!r}, with which {path} was trained; what may change is "
+                f"{', '.join(sorted(_FREE))}"
+            )
+        model = LPMFlow(config)
+        relative = [name for name in tensors if name.startswith("backbone.") and "relative_position" in name]
+        if relative and config.coarse_grid != stored.coarse_grid:
+            raise ValueError(
+                f"image_size must be {stored.image_size} for {path}: tables of relative positions in its backbone "
+                f"({relative[0]}) cannot be resized"
+            )
         wanted = model.state_dict()
         check_names(
             f"checkpoint {path}",
@@ -105,7 +127,8 @@ def load_checkpoint(path: str | os.PathLike[str], **overrides: Any) -> LPMFlow:
             raise ValueError(f"{path} is no LPMFlow checkpoint: it has no parameter encoder.norm.weight")
         model = create_model("lpmflow-base", **overrides)
         model.load_released_state_dict(state_dict)
-    model.weights = str(path)
+        trained = True
+    model.weights = str(path) if trained else None
     return model.eval()
 
 
@@ -124,7 +147,7 @@ def load_backbone(model: LPMFlow, path: str | os.PathLike[str]) -> None:
     for wrapper in _WRAPPERS:
         if isinstance(state_dict.get(wrapper), dict):
             state_dict = state_dict[wrapper]  # type: ignore[assignment]
-    given = {_PREFIX.sub("", name): tensor for name, tensor in state_dict.items()}
+    given = {_PREFIX.sub("", str(name)): tensor for name, tensor in state_dict.items()}
     given = {name: tensor for name, tensor in given.items() if not _HEADS.match(name)}
     names = {name: re.sub(r"^parametrizations\.(\w+)\.original$", r"\1", name) for name in backbone.net.state_dict()}
     check_names(
@@ -133,6 +156,9 @@ def load_backbone(model: LPMFlow, path: str | os.PathLike[str]) -> None:
         unexpected=[name for name in given if name not in set(names.values())],
     )
     ours = {name: given[theirs] for name, theirs in names.items()}
+    for name, value in ours.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{path} must hold tensors, but {names[name]} is {type(value).__name__}")
     for name, tensor in backbone.net.state_dict().items():
         if name.startswith("parametrizations.pos_embed") and ours[name].shape != tensor.shape:
             _adopt_positions(backbone, ours[name], path)
@@ -148,13 +174,18 @@ def read_torch_file(path: Path) -> dict[str, Any]:
     """The dict in a .pth file, read without unpickling code; OSError or ValueError in one sentence otherwise."""
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch raises a dozen types for a file that is not one of its own
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise OSError(f"{path} cannot be read as a PyTorch checkpoint of plain tensors: {first_line}") from error
+    # A Namespace is plain data: DINO and iBOT keep their options in one. What is safe is said to the whole process,
+    # hence the lock.
+    allowing = getattr(torch.serialization, "safe_globals", None)
+    with _READING, allowing([argparse.Namespace]) if allowing else contextlib.nullcontext():
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises a dozen types for a file that is not one of its own
+            if isinstance(error, OSError) and error.filename is not None:
+                raise
+            foreign = re.search(r"GLOBAL (\S+)", str(error))
+            reason = f"it holds {foreign[1]}" if foreign else f"{type(error).__name__} {error}".strip().split(". ")[0]
+            raise OSError(f"{path} cannot be read as a PyTorch checkpoint of plain tensors: {reason}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a dict of tensors, got {type(content).__name__}")
     return content
@@ -172,7 +203,8 @@ def _load_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise OSError(f"{path} cannot be read as a safetensors file: {error}") from error
 
 
-def _read_safetensors(path: Path) -> tuple[LPMFlowConfig, dict[str, Tensor]]:
+def _read_safetensors(path: Path) -> tuple[LPMFlowConfig, dict[str, Tensor], bool]:
+    """Configuration, tensors, and whether the weights are trained ones."""
     metadata, tensors = _load_safetensors(path)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is no LPMFlow checkpoint: its metadata must say format {FORMAT}")
@@ -180,14 +212,14 @@ def _read_safetensors(path: Path) -> tuple[LPMFlowConfig, dict[str, Tensor]]:
         config = LPMFlowConfig.from_dict(json.loads(metadata.get("config", "")))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} holds a configuration this version cannot read: {error}") from error
-    return config, tensors
+    return config, tensors, metadata.get("weights") == "trained"
 
 
 def _check_extra(extra: dict[str, str] | None) -> None:
     for key, value in (extra or {}).items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise TypeError(f"extra must map str to str, got {key!r}: {type(value).__name__}")
-        if key in ("format", "config"):
+        if key in ("format", "config", "weights"):
             raise ValueError(f"extra must not hold the key {key!r}, which save_checkpoint writes itself")
 
 
@@ -201,4 +233,4 @@ def _adopt_positions(backbone: ViTBackbone, table: Tensor, path: Path) -> None:
     if table.ndim != 3 or side * side != cells or table.shape[2] != parametrization.original.shape[2]:
         raise ValueError(f"the backbone checkpoint {path} does not fit the model: pos_embed is {tuple(table.shape)}")
     resize.trained = (side, side)
-    parametrization.original = torch.nn.Parameter(table.clone())
+    parametrization.original = torch.nn.Parameter(table.to(parametrization.original, copy=True))

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lpmflow.ops._autocast import without_autocast
+
 STRIDE = 16
 
 
@@ -31,7 +33,7 @@ class OrientedGradients(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         # float32 throughout: the small differences of neighbouring pixels vanish in half precision
-        with torch.autocast(images.device.type, enabled=False):
+        with without_autocast(images.device):
             brightness = F.pad(images.float().mean(dim=1, keepdim=True), (1, 1, 1, 1), mode="replicate")
             cells = F.avg_pool2d(F.relu(F.conv2d(brightness, self.kernels.float())), 2)
             energy = cells.square().sum(dim=1, keepdim=True)

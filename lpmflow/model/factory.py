@@ -37,7 +37,7 @@ def create_model(name: str, *, pretrained: bool = False, backbone_weights: Any =
     if pretrained and shipped is not None:
         if backbone_weights is not None:
             raise ValueError("backbone_weights cannot be combined with pretrained=True for a model that ships weights")
-        return load_checkpoint(shipped, **overrides)
+        return load_checkpoint(shipped, **overrides).train()
     model = LPMFlow(config, pretrained=pretrained and backbone_weights is None)
     if backbone_weights is not None:
         load_backbone(model, backbone_weights)

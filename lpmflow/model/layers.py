@@ -18,8 +18,11 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, ratio: float, dropout: float = 0.0) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, int(width * ratio))
-        self.fc2 = nn.Linear(int(width * ratio), width)
+        hidden = int(width * ratio)
+        if hidden < 1:
+            raise ValueError(f"mlp_ratio must leave at least one of {width} channels, got {ratio}")
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,7 @@ class LPMFlow(nn.Module):
     """LPMFlow (CVPR 2024): dense semantic flow between two images of one category.
 
     `weights` says where the parameters came from; None means they are random, and such a model answers no `match`.
+    After training one in a loop of your own, set it to a word of your choice.
     `skip_refinement = True` leaves the flow of the finest correlation as it is: for training its first part.
     """
 
@@ -61,7 +63,13 @@ class LPMFlow(nn.Module):
         for module in self.superres.modules():
             if isinstance(module, MatchingBlock):
                 _tie_query_and_key(module)
-        self.register_load_state_dict_post_hook(_note_loaded)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """PyTorch's own; a load that left nothing out also says in `weights` that they are no longer random."""
+        result = super().load_state_dict(state_dict, strict, assign)
+        if not result.missing_keys:
+            self.weights = "load_state_dict"
+        return result
 
     def forward(self, source: Tensor, target: Tensor, *, return_correlations: bool = False) -> FlowOutput:
         """source, target (B, 3, H, W), ImageNet-normalised, any size: resized to `config.image_size`.
@@ -69,7 +77,7 @@ class LPMFlow(nn.Module):
         Raises ValueError or TypeError naming the argument. In training mode `rptc_loss` is set where RPTC is on.
         """
         for name, images in (("source", source), ("target", target)):
-            _check_images(name, images)
+            _check_images(name, images, self.integration.x_normal)
         if source.shape[0] != target.shape[0]:
             raise ValueError(
                 f"source and target must have the same batch size, got {source.shape[0]} and {target.shape[0]}"
@@ -113,13 +121,21 @@ class LPMFlow(nn.Module):
         return to_released(self)
 
 
-def _check_images(name: str, images: object) -> None:
+def _check_images(name: str, images: object, parameter: Tensor) -> None:
     if not isinstance(images, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor (B, 3, H, W), got {type(images).__name__}")
     if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
         raise ValueError(f"{name} must have shape (B, 3, H, W) with B, H, W at least 1, got {tuple(images.shape)}")
     if not images.is_floating_point():
         raise TypeError(f"{name} must be floating point and ImageNet-normalised, got {images.dtype}")
+    if images.device != parameter.device:
+        raise ValueError(f"{name} must be on the network's device {parameter.device}, got {images.device}")
+    if parameter.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"the network's parameters must be float32 or float64 (autocast computes in less), got {parameter.dtype}"
+        )
+    if images.dtype != parameter.dtype and not torch.is_autocast_enabled(images.device.type):
+        raise TypeError(f"{name} must have the network's dtype {parameter.dtype} outside autocast, got {images.dtype}")
 
 
 def _init_linear(module: nn.Module) -> None:
@@ -136,7 +152,3 @@ def _tie_query_and_key(block: MatchingBlock) -> None:
         weight = block.cross_attn.qkv.weight
         weight[: 2 * width].normal_(std=width**-0.5)
         weight[width : 2 * width] = weight[:width]
-
-
-def _note_loaded(model: nn.Module, incompatible: object) -> None:
-    model.weights = "load_state_dict"  # type: ignore[assignment]

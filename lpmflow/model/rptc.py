@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lpmflow.config import LPMFlowConfig
 from lpmflow.model.layers import foreground_weight
+from lpmflow.ops._autocast import without_autocast
 
 Grid = tuple[int, int]
 
@@ -40,18 +41,21 @@ def rptc_loss(tokens: Tensor, positions: Tensor, grid: Grid, temperature: float 
     tokens (B, 1 + n, C) source tokens after the encoder, positions (B, R) token indices (cls = 0), grid (h, w) with
     h w = n. The neighbours carry no gradient; the negatives are the other replaced tokens of the same image.
     """
-    height, width = grid
-    maps = tokens[:, 1:].detach().transpose(1, 2).unflatten(2, grid)
-    # divisor 1: sums over the 3x3 neighbourhood; the centre is taken out and the true count divides
-    total = F.avg_pool2d(maps, 3, stride=1, padding=1, divisor_override=1) - maps
-    ones = torch.ones(1, 1, height, width, dtype=maps.dtype, device=maps.device)
-    count = (F.avg_pool2d(ones, 3, stride=1, padding=1, divisor_override=1) - 1).clamp(min=1)
-    neighbours = (total / count).flatten(2).transpose(1, 2)
-    index = positions[:, :, None].expand(-1, -1, tokens.shape[2])
-    query = F.normalize(tokens.gather(1, index), dim=-1)
-    positive = F.normalize(neighbours.gather(1, index - 1), dim=-1)
-    same = (query * positive).sum(dim=-1, keepdim=True)
-    others = query @ query.transpose(1, 2)
-    others = others.masked_fill(torch.eye(positions.shape[1], dtype=torch.bool, device=tokens.device), float("-inf"))
-    logits = torch.cat((same, others), dim=2) / temperature
-    return -logits.log_softmax(dim=2)[:, :, 0].mean()
+    with without_autocast(tokens.device):  # positives and negatives in one precision
+        height, width = grid
+        maps = tokens[:, 1:].detach().transpose(1, 2).unflatten(2, grid)
+        # divisor 1: sums over the 3x3 neighbourhood; the centre is taken out and the true count divides
+        total = F.avg_pool2d(maps, 3, stride=1, padding=1, divisor_override=1) - maps
+        ones = torch.ones(1, 1, height, width, dtype=maps.dtype, device=maps.device)
+        count = (F.avg_pool2d(ones, 3, stride=1, padding=1, divisor_override=1) - 1).clamp(min=1)
+        neighbours = (total / count).flatten(2).transpose(1, 2)
+        index = positions[:, :, None].expand(-1, -1, tokens.shape[2])
+        query = F.normalize(tokens.gather(1, index), dim=-1)
+        positive = F.normalize(neighbours.gather(1, index - 1), dim=-1)
+        same = (query * positive).sum(dim=-1, keepdim=True)
+        others = query @ query.transpose(1, 2)
+        others = others.masked_fill(
+            torch.eye(positions.shape[1], dtype=torch.bool, device=tokens.device), float("-inf")
+        )
+        logits = torch.cat((same, others), dim=2) / temperature
+        return -logits.log_softmax(dim=2)[:, :, 0].mean()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lpmflow import reference
+from lpmflow.ops._autocast import without_autocast
 from lpmflow.ops._backends import choose
 from lpmflow.ops._checks import check_count, check_like, check_shape, check_tensor
 
@@ -44,5 +44,5 @@ def correlation(
         if tokens < max(prefix, 1):
             raise ValueError(f"{OP}: {name} must have at least {max(prefix, 1)} tokens (prefix {prefix}), got {tokens}")
     choose(OP, backend)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         return reference.correlation(q, k, v, scale=q.shape[-1] ** -0.5 if scale is None else scale, prefix=prefix)

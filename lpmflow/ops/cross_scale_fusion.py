@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lpmflow import reference
+from lpmflow.ops._autocast import without_autocast
 from lpmflow.ops._backends import choose
 from lpmflow.ops._checks import check_grid, check_like, check_shape, check_tensor
 
@@ -78,7 +79,7 @@ def cross_scale_fusion(
     table_x = _table("x", x, out[1], corrs[0])
     table_y = _table("y", y, out[0], corrs[0])
     choose(OP, backend)
-    with torch.autocast(corrs[0].device.type, enabled=False):
+    with without_autocast(corrs[0].device):
         mapping, confidence = reference.cross_scale_fusion(
             corrs, grids[0], grids[1], out_grid=out, temperature=temperature, x=table_x, y=table_y
         )

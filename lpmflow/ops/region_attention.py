@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lpmflow import reference
+from lpmflow.ops._autocast import without_autocast
 from lpmflow.ops._backends import choose
 from lpmflow.ops._checks import check_count, check_grid, check_like, check_shape, check_tensor
 
@@ -56,5 +56,5 @@ def region_attention(
     if bias_table.device != q.device:
         raise ValueError(f"{OP}: bias_table must be on q's device {q.device}, got {bias_table.device}")
     choose(OP, backend)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         return reference.region_attention(q, k, v, bias_table, source_grid=source, target_grid=target, prefix=prefix)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lpmflow import reference
+from lpmflow.ops._autocast import without_autocast
 from lpmflow.ops._backends import choose
 from lpmflow.ops._checks import check_count, check_shape, check_tensor
 
@@ -44,5 +44,5 @@ def window_attention(
     if bias_table.device != qkv.device:
         raise ValueError(f"{OP}: bias_table must be on qkv's device {qkv.device}, got {bias_table.device}")
     choose(OP, backend)
-    with torch.autocast(qkv.device.type, enabled=False):
+    with without_autocast(qkv.device):
         return reference.window_attention(qkv, bias_table, heads=heads, window=window, shift=shift)
