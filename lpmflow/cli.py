@@ -25,6 +25,7 @@ EXAMPLES = {
 examples:
   lpmflow demo                                       match the bundled photographs
   lpmflow match cat.jpg dog.jpg -o match.png         match two of your own, draw the result
+  lpmflow evaluate --benchmark spair --root DIR      score a model on pairs whose truth is known
   lpmflow info                                       versions, devices, backends
 """,
     "match": """\

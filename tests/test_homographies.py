@@ -84,7 +84,7 @@ def test_no_folder(tmp_path: Path) -> None:
         load_homographies(tmp_path / "absent")
 
 
-@pytest.mark.parametrize(("there", "number"), [("2.png", 1), ("1.png", 2), ("1.png", 2)])
+@pytest.mark.parametrize(("there", "number"), [("2.png", 1), ("1.png", 2)])
 def test_a_photograph_is_missing(tmp_path: Path, there: str, number: int) -> None:
     folder = make(tmp_path / "wall", {"H_1_2": SHIFT}, (there,))
     with pytest.raises(FileNotFoundError) as refused:

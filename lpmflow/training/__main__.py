@@ -28,10 +28,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="where to train (default: %(default)s)")
     arguments = parser.parse_args()
-    if arguments.device == "cpu" and not any(name in os.environ for name in _KEEP_BUFFERS):
+    glibc = sys.platform == "linux"
+    if glibc and arguments.device == "cpu" and not any(name in os.environ for name in _KEEP_BUFFERS):
         environment = {**os.environ, **_KEEP_BUFFERS}
         os.execve(sys.executable, [sys.executable, "-m", "lpmflow.training", *sys.argv[1:]], environment)
 
+    import torch
     from tqdm import tqdm
 
     from lpmflow.config import preset
@@ -41,10 +43,18 @@ def main() -> int:
     try:
         options = TrainOptions(minutes=arguments.minutes, batch_size=arguments.batch_size, seed=arguments.seed)
         config = preset(arguments.model)
-        photos = load_photos(arguments.photos, progress=lambda files: tqdm(files, "reading photographs", leave=False))
+        try:
+            torch.empty(0, device=arguments.device)
+        except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch without CUDA
+            raise ValueError(f"device must be one that can be used here, got {arguments.device!r}: {error}") from error
+        photos = load_photos(
+            arguments.photos,
+            # disable=None: no bar in a log
+            progress=lambda files: tqdm(files, "reading photographs", leave=False, disable=None),
+        )
         train(config, photos.to(arguments.device), arguments.out, options, say=lambda line: print(line, flush=True))
-    except (OSError, ValueError, TypeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (OSError, ValueError, TypeError, FloatingPointError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,9 @@ from lpmflow.flowfile import replacing
 from lpmflow.images import normalize
 from lpmflow.model.checkpoint import read_torch_file, save_checkpoint
 from lpmflow.model.lpmflow import FlowOutput, LPMFlow
-from lpmflow.training.losses import cell_places, correlation_nll, end_point_error
+from lpmflow.training.losses import cell_places, correlation_nll, end_point_error, rptc_weight
+
+_EPOCHS = 10  # of the paper's training; a run's time stands for them in the decline of the RPTC loss
 
 
 @dataclass(frozen=True)
@@ -69,12 +72,15 @@ def train(
     """Train a new network on warp pairs of `photos` (N, 3, S, S) uint8, on their device; the averaged network.
 
     The folder `out` gets `model.safetensors`, for `lpmflow.Matcher`, and `state.pth`, from which a call with the same
-    folder, configuration and options goes on. Raises ValueError when what is there was made with others.
+    folder, configuration and options goes on as if it had not stopped. Raises ValueError when what is there was made
+    with others, FloatingPointError when the loss is no number any more.
     """
     run = Training(config, photos, out, options or TrainOptions(), say)
     while run.progress < 1:
         run.step()
     run.save()
+    pairs = run.steps * run.options.batch_size
+    run.say(f"wrote {run.out / 'model.safetensors'} after {run.steps} steps, {pairs} pairs")
     return run.average.eval()
 
 
@@ -90,6 +96,12 @@ class Training:
         say: Callable[[str], object] = print,
     ) -> None:
         self.config, self.options, self.say = config, options, say
+        for side, cells in zip(config.image_size, config.flow_grid, strict=True):
+            if side % cells:
+                raise ValueError(
+                    f"image_size must be a multiple of the flow grid {config.flow_grid} (8 cells a patch) for training "
+                    f"on warp pairs, got {config.image_size}"
+                )
         self.out = Path(out)
         self.out.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(options.seed)
@@ -98,12 +110,12 @@ class Training:
         self.model = LPMFlow(config).to(self.device).train()
         self.average = LPMFlow(config).to(self.device)
         self.average.load_state_dict(self.model.state_dict())
-        self.average.weights = "training"
         self.optimizer = torch.optim.AdamW(_groups(self.model, options.weight_decay), betas=(0.9, 0.98))
         self.steps, self.elapsed = 0, 0.0
         self._losses: dict[str, float] = {}
         if (self.out / "state.pth").exists():
             self._resume()
+        self.average.weights = "training"
         self._last_step = time.monotonic()
         self._last_save = self.elapsed
 
@@ -126,7 +138,9 @@ class Training:
         if not self.model.skip_refinement:
             total = total + options.flow_weight * losses["flow"]
         if output.rptc_loss is not None:
-            total = total + self.config.rptc_weight * (1 - min(progress, 1.0)) * output.rptc_loss
+            epoch = _EPOCHS * min(progress, 1.0)
+            weight = rptc_weight(epoch, self.config.rptc_weight, self.config.rptc_decline)
+            total = total + weight * output.rptc_loss
         if not torch.isfinite(total):
             raise FloatingPointError(f"the loss is {total.item()} at step {self.steps}; lower the learning_rate")
         self.optimizer.zero_grad(set_to_none=True)
@@ -146,10 +160,12 @@ class Training:
         state = {
             "config": self.config.to_dict(),
             "options": dataclasses.asdict(self.options),
+            "photos": _fingerprint(self.pairs.photos),
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "pairs": self.pairs.state(),
+            "random": _random_state(self.device),
             "steps": self.steps,
             "elapsed": self.elapsed,
         }
@@ -173,6 +189,11 @@ class Training:
     def _resume(self) -> None:
         path = self.out / "state.pth"
         state: dict[str, Any] = read_torch_file(path)
+        wanted = {"config", "options", "photos", "model", "average", "optimizer", "pairs", "random", "steps", "elapsed"}
+        if not wanted <= state.keys():
+            raise ValueError(f"{path} is no state of a training run; choose another folder than {self.out}")
+        if state["photos"] != _fingerprint(self.pairs.photos):
+            raise ValueError(f"out holds a run on other photographs; choose another folder than {self.out}")
         for name, ours in (("config", self.config.to_dict()), ("options", dataclasses.asdict(self.options))):
             changed = [key for key, value in ours.items() if state[name].get(key, None) != value]
             if changed:
@@ -183,6 +204,7 @@ class Training:
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.pairs.set_state(state["pairs"])
+        _set_random_state(self.device, state["random"])
         self.steps, self.elapsed = state["steps"], state["elapsed"]
         self.say(f"goes on from {path} after {self.elapsed / 60:.1f} minutes")
 
@@ -215,6 +237,23 @@ def flow_label(batch: WarpBatch, config: LPMFlowConfig) -> tuple[Tensor, Tensor]
         torch.arange(height, device=places.device), torch.arange(width, device=places.device), indexing="ij"
     )
     return (places - torch.stack((x, y), dim=-1)).permute(0, 3, 1, 2), valid
+
+
+def _fingerprint(photos: Tensor) -> list[int]:
+    """How many photographs, and a checksum of every 61st pixel of theirs."""
+    return [len(photos), zlib.crc32(photos.flatten()[::61].cpu().numpy().tobytes())]
+
+
+def _random_state(device: torch.device) -> Tensor:
+    """The state of the random numbers that dropout and RPTC draw from."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
 
 
 def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

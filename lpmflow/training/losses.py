@@ -42,7 +42,7 @@ def correlation_nll(corr: Tensor, places: Tensor, valid: Tensor, target_grid: Gr
     return -((both * weights).sum(dim=2) * mask).sum() / (2 * mask.sum().clamp(min=1))
 
 
-def rptc_weight(epoch: int, start: float = 0.2, decline: float = 0.1) -> float:
+def rptc_weight(epoch: float, start: float = 0.2, decline: float = 0.1) -> float:
     """RPTC weight in an epoch counted from 0: `start`, less that share of it each epoch, until 0 (the paper's rule)."""
     return max(start * (1 - decline * epoch), 0.0)
 
