@@ -9,9 +9,6 @@ import pytest
 from PIL import Image
 
 from lpmflow import demo
-from lpmflow.model import embedded_weights
-
-needs_weights = pytest.mark.skipif(embedded_weights(demo.MODEL) is None, reason=f"{demo.MODEL} ships without weights")
 
 
 @pytest.mark.parametrize("name", ["cat", "raccoon"])
@@ -81,7 +78,6 @@ def test_flow_error_of_known_flows() -> None:
     np.testing.assert_allclose(demo.flow_error(flow + (3, 4), homography), 5)
 
 
-@needs_weights
 def test_demo_writes_pictures_and_tells_the_truth(tmp_path: Path) -> None:
     said: list[str] = []
     files = demo.run(tmp_path / "new" / "folder", say=said.append)
@@ -100,7 +96,6 @@ def test_demo_writes_pictures_and_tells_the_truth(tmp_path: Path) -> None:
     assert mean < unmoved / 2
 
 
-@needs_weights
 def test_the_line_of_python_it_ends_with_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said: list[str] = []
     demo.run(tmp_path, say=said.append)
