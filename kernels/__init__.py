@@ -1,6 +1,5 @@
-"""Fast backends of lpmflow's operations: Triton kernels and the native extension, installed as `lpmflow_kernels`.
+"""Fast backends of lpmflow's operations: Triton kernels, one page an operation, and in `native` the compiled module.
 
-`lpmflow.ops` imports this package lazily, when a backend from it is asked for. It imports torch and triton, never
-lpmflow. This version holds no kernel yet: every operation runs on the reference backend, and
-`lpmflow.ops.backend_report()` says so.
+`lpmflow.ops` imports the page it needs when an operation runs on it; each page registers its operators. This package
+imports torch and triton, never lpmflow. README.md beside this file says which kernel has passed its tests on what.
 """

@@ -1,10 +1,11 @@
 """The four operations the network is made of, each with one contract and one or more backends.
 
-Every op checks its arguments, chooses a backend and calls it. `backend=None` takes the first one that can run;
-a backend named by the caller runs or raises. `backend_report()` says which can run here, and why the others cannot.
+Every op checks its arguments, chooses a backend and calls it. `backend=None` takes what measured fastest and can run; a
+backend named by the caller, by the argument, by `use_backend` or by the variable LPMFLOW_BACKEND, runs or raises.
+`backend_report()` says which can run here and why the others cannot, `last_backend(op)` which one ran.
 """
 
-from lpmflow.ops._backends import BACKENDS, backend_report
+from lpmflow.ops._backends import BACKENDS, backend_report, last_backend, use_backend
 from lpmflow.ops.correlation import correlation
 from lpmflow.ops.cross_scale_fusion import FusedFlow, cross_scale_fusion
 from lpmflow.ops.region_attention import region_attention
@@ -17,7 +18,9 @@ __all__ = [
     "backend_report",
     "correlation",
     "cross_scale_fusion",
+    "last_backend",
     "region_attention",
     "region_bias",
+    "use_backend",
     "window_attention",
 ]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lpmflow import reference
 from lpmflow.ops._autocast import without_autocast
-from lpmflow.ops._backends import choose
+from lpmflow.ops._backends import choose, why_not
 from lpmflow.ops._checks import check_count, check_like, check_shape, check_tensor
 
 OP = "correlation"
@@ -43,6 +44,37 @@ def correlation(
     for name, tokens in (("q", q.shape[2]), ("k", k.shape[2])):
         if tokens < max(prefix, 1):
             raise ValueError(f"{OP}: {name} must have at least {max(prefix, 1)} tokens (prefix {prefix}), got {tokens}")
-    choose(OP, backend)
+    chosen = choose(OP, backend, q.device.type, lambda name: _why_not(name, q, k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     with without_autocast(q.device):
-        return reference.correlation(q, k, v, scale=q.shape[-1] ** -0.5 if scale is None else scale, prefix=prefix)
+        if chosen == "native":
+            from lpmflow_kernels.native import correlation as native
+
+            return native.correlation(q, k, v, scale=scale, prefix=prefix)
+        if chosen == "triton":
+            from lpmflow_kernels import correlation as triton
+
+            return triton.correlation(q, k, v, scale=scale, prefix=prefix)
+        return reference.correlation(q, k, v, scale=scale, prefix=prefix)
+
+
+def _why_not(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """None when an installed backend can compute with tensors like these, else the reason in one sentence."""
+    reason: str | None = None
+    if backend == "native":
+        from lpmflow_kernels.native import correlation as native
+
+        reason = native.why_not(q.device.type, q.dtype, q.shape[-1])
+        if reason is None and q.device.type == "cuda" and _needs_gradient(q, k, v):
+            reason = why_not(OP, "triton")
+            if reason is not None:
+                reason = f"it has no backward on CUDA devices and triton's, which would do it, is missing: {reason}"
+    elif backend == "triton":
+        from lpmflow_kernels import correlation as triton
+
+        reason = triton.why_not(q)
+    return reason
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

@@ -78,7 +78,7 @@ def cross_scale_fusion(
         raise ValueError(f"{OP}: temperature must be a number above 0, got {temperature!r}")
     table_x = _table("x", x, out[1], corrs[0])
     table_y = _table("y", y, out[0], corrs[0])
-    choose(OP, backend)
+    choose(OP, backend, corrs[0].device.type, lambda name: None)
     with without_autocast(corrs[0].device):
         mapping, confidence = reference.cross_scale_fusion(
             corrs, grids[0], grids[1], out_grid=out, temperature=temperature, x=table_x, y=table_y

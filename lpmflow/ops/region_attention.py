@@ -55,6 +55,6 @@ def region_attention(
     check_shape(OP, "bias_table", bias_table, (q.shape[1], columns))
     if bias_table.device != q.device:
         raise ValueError(f"{OP}: bias_table must be on q's device {q.device}, got {bias_table.device}")
-    choose(OP, backend)
+    choose(OP, backend, q.device.type, lambda name: None)
     with without_autocast(q.device):
         return reference.region_attention(q, k, v, bias_table, source_grid=source, target_grid=target, prefix=prefix)

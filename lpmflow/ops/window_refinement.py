@@ -43,6 +43,6 @@ def window_attention(
     check_shape(OP, "bias_table", bias_table, ((2 * window - 1) ** 2, heads))
     if bias_table.device != qkv.device:
         raise ValueError(f"{OP}: bias_table must be on qkv's device {qkv.device}, got {bias_table.device}")
-    choose(OP, backend)
+    choose(OP, backend, qkv.device.type, lambda name: None)
     with without_autocast(qkv.device):
         return reference.window_attention(qkv, bias_table, heads=heads, window=window, shift=shift)

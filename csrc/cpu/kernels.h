@@ -1,0 +1,19 @@
+// The CPU kernels of every instruction set this module was built for, and the choice between them at run time.
+#pragma once
+
+#include "../correlation/correlation.h"
+
+namespace lpmflow {
+
+struct CpuKernels {
+  const char* isa;
+  bool (*supported)();  // by the machine we run on
+  bool float16;         // whether the compiler knew the type
+  int (*correlation_forward)(const CorrelationForward&);
+  int (*correlation_backward)(const CorrelationBackward&);
+};
+
+// Best first, ended by an entry whose isa is null.
+extern const CpuKernels kCpuKernels[];
+
+}  // namespace lpmflow

@@ -1,0 +1,136 @@
+// The Python module lpmflow_kernels._native. Tensors come as addresses, sizes and strides, checked by the caller;
+// nothing here knows PyTorch. Functions return 0, or a status the caller turns into an exception.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "correlation/correlation.h"
+#include "cpu/kernels.h"
+#if defined(LPMFLOW_CUDA_ARCHS)
+#include "correlation/correlation_cuda.h"
+#else
+#define LPMFLOW_CUDA_ARCHS ""
+#define LPMFLOW_NO_CUDA 1
+#endif
+
+namespace py = pybind11;
+using namespace lpmflow;
+
+namespace {
+
+using Address = uintptr_t;
+
+const CpuKernels* chosen = nullptr;
+
+const CpuKernels& kernels() {
+  if (chosen == nullptr) {
+    chosen = kCpuKernels;
+    while (!chosen->supported()) ++chosen;
+  }
+  return *chosen;
+}
+
+Rows rows(Address data, const py::tuple& strides) {
+  return {reinterpret_cast<const void*>(data), strides[0].cast<int64_t>(), strides[1].cast<int64_t>(),
+          strides[2].cast<int64_t>()};
+}
+
+CorrelationShape shape(const py::tuple& sizes, int64_t prefix, double scale, int dtype, int threads) {
+  return {sizes[0].cast<int64_t>(), sizes[1].cast<int64_t>(), sizes[2].cast<int64_t>(), sizes[3].cast<int64_t>(),
+          sizes[4].cast<int64_t>(), prefix, scale, static_cast<Dtype>(dtype), threads};
+}
+
+int correlation_forward(const py::tuple& sizes, int64_t prefix, double scale, int dtype, int threads, Address q,
+                        const py::tuple& q_strides, Address k, const py::tuple& k_strides, Address v,
+                        const py::tuple& v_strides, Address attended, Address corr) {
+  const CorrelationForward op{shape(sizes, prefix, scale, dtype, threads), rows(q, q_strides), rows(k, k_strides),
+                              rows(v, v_strides), reinterpret_cast<void*>(attended), reinterpret_cast<void*>(corr)};
+  py::gil_scoped_release released;
+  return kernels().correlation_forward(op);
+}
+
+int correlation_backward(const py::tuple& sizes, int64_t prefix, double scale, int dtype, int threads, Address q,
+                         const py::tuple& q_strides, Address k, const py::tuple& k_strides, Address v,
+                         const py::tuple& v_strides, Address grad_attended, const py::tuple& grad_attended_strides,
+                         Address grad_corr, const py::tuple& grad_corr_strides, Address grad_q, Address grad_k,
+                         Address grad_v) {
+  const CorrelationBackward op{shape(sizes, prefix, scale, dtype, threads),
+                               rows(q, q_strides),
+                               rows(k, k_strides),
+                               rows(v, v_strides),
+                               rows(grad_attended, grad_attended_strides),
+                               reinterpret_cast<const void*>(grad_corr),
+                               grad_corr_strides[0].cast<int64_t>(),
+                               grad_corr_strides[1].cast<int64_t>(),
+                               reinterpret_cast<void*>(grad_q),
+                               reinterpret_cast<void*>(grad_k),
+                               reinterpret_cast<void*>(grad_v)};
+  py::gil_scoped_release released;
+  return kernels().correlation_backward(op);
+}
+
+#if !defined(LPMFLOW_NO_CUDA)
+void read_strides(int64_t (&to)[3], const py::tuple& strides) {
+  for (int axis = 0; axis < 3; ++axis) to[axis] = strides[axis].cast<int64_t>();
+}
+
+int correlation_forward_on_cuda(const py::tuple& sizes, int64_t prefix, double scale, int dtype, int device,
+                                Address stream, Address q, const py::tuple& q_strides, Address k,
+                                const py::tuple& k_strides, Address v, const py::tuple& v_strides, Address attended,
+                                Address corr, Address lse) {
+  CorrelationCudaArgs args{};
+  args.q = reinterpret_cast<const void*>(q);
+  args.k = reinterpret_cast<const void*>(k);
+  args.v = reinterpret_cast<const void*>(v);
+  read_strides(args.q_stride, q_strides);
+  read_strides(args.k_stride, k_strides);
+  read_strides(args.v_stride, v_strides);
+  args.attended = reinterpret_cast<void*>(attended);
+  args.corr = reinterpret_cast<float*>(corr);
+  args.lse = reinterpret_cast<float*>(lse);
+  const CorrelationShape s = shape(sizes, prefix, scale, dtype, 1);
+  args.batch = s.batch;
+  args.heads = s.heads;
+  args.n = s.n;
+  args.m = s.m;
+  args.width = s.width;
+  args.prefix = prefix;
+  args.scale = static_cast<float>(scale);
+  args.dtype = s.dtype;
+  return correlation_forward_cuda(args, device, reinterpret_cast<void*>(stream));
+}
+#endif
+
+py::list instruction_sets() {
+  py::list found;
+  for (const CpuKernels* k = kCpuKernels; k->isa != nullptr; ++k) {
+    if (k->supported()) found.append(k->isa);
+  }
+  return found;
+}
+
+bool use_instruction_set(const std::string& name) {
+  for (const CpuKernels* k = kCpuKernels; k->isa != nullptr; ++k) {
+    if (name == k->isa && k->supported()) {
+      chosen = k;
+      return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Native kernels of lpmflow; use them through lpmflow.ops.";
+  m.attr("cuda_architectures") = LPMFLOW_CUDA_ARCHS;  // separated by blanks; empty without CUDA kernels
+  m.def("instruction_sets", &instruction_sets, "Names of those this machine can run, best first.");
+  m.def("instruction_set", [] { return kernels().isa; }, "The one in use.");
+  m.def("use_instruction_set", &use_instruction_set, "False when the name is not one of instruction_sets().");
+  m.def("float16", [] { return kernels().float16; }, "Whether the compiler knew 16-bit floats.");
+  m.def("correlation_forward", &correlation_forward);
+  m.def("correlation_backward", &correlation_backward);
+#if !defined(LPMFLOW_NO_CUDA)
+  m.def("correlation_forward_cuda", &correlation_forward_on_cuda);
+#endif
+}

@@ -1,0 +1,160 @@
+"""`python -m lpmflow_kernels.compile_report`: what the compiler made of every Triton kernel, as a Markdown table.
+
+Compiles ahead of time, which needs no GPU, what the launchers would launch for each input type, head width and
+architecture, and exits with 1 when a kernel spills registers or wants more shared memory than there is.
+Rows are kernels: the tile (queries x keys), warps and stages from the op's `configuration`, registers a thread, bytes
+spilled a thread, kilobytes of shared memory a program, and which instruction multiplies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lpmflow_kernels import correlation
+from lpmflow_kernels._launch import DTYPES, Launch, Tiles, keep_launches
+
+WIDTHS = (12, 24, 32, 64, 96, 128, 160, 256)
+CAPABILITIES = (80, 90, 100)
+# Bytes a thread. ptxas puts a value or two aside, from before a loop to after it, where that lets one more program run
+# on a multiprocessor at the same time; to be short of registers costs hundreds.
+SPILL_LIMIT = 16
+# Bytes a program may have. 8.0 itself has 163 KB, but what is compiled for it also runs on 8.6 and 8.9.
+SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_MULTIPLIERS = ("wgmma", "tcgen05.mma", "mma.sync")  # else the CUDA cores, one FMA after another
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel as compiled; `spilled` in bytes a thread, `shared` in bytes a program."""
+
+    kernel: str
+    tiles: Tiles
+    capability: int
+    registers: int
+    spilled: int
+    shared: int
+    multiplier: str
+
+    def fault(self) -> str | None:
+        """Why this must not ship, None when it may."""
+        limit = SHARED_LIMIT[self.capability]
+        if self.spilled > SPILL_LIMIT:
+            return f"{self.kernel} spills {self.spilled} bytes a thread on {self.capability}"
+        if self.shared > limit:
+            return (
+                f"{self.kernel} wants {self.shared} bytes of shared memory on {self.capability}, the limit is {limit}"
+            )
+        return None
+
+    def cells(self) -> str:
+        """Its cells in the table, from the tile on."""
+        tile = f"{self.tiles.block_q} x {self.tiles.block_k} | {self.tiles.num_warps} | {self.tiles.num_stages}"
+        resources = f"{self.registers} | {self.spilled} | {self.shared / 1024:.0f} | {self.multiplier}"
+        return f"{tile} | {self.capability} | {resources}"
+
+
+def correlation_launches(dtype: torch.dtype, width: int) -> list[tuple[str, Launch]]:
+    """Forward, then backward with both gradients and with either alone: (what for, launch)."""
+    q, k, v = (torch.empty((2, 8, tokens, width), dtype=dtype, device="meta") for tokens in (257, 1025, 1025))
+    found: list[tuple[str, Launch]] = []
+
+    def keep(label: str, call: Callable[..., Any], *arguments: Any) -> Any:
+        with keep_launches() as kept:
+            result = call(*arguments)
+        found.extend((label, launch) for launch in kept)
+        return result
+
+    attended, corr, stats = keep("", correlation.forward, q, k, v, width**-0.5, 1)
+    gradients: dict[str, tuple[Tensor | None, Tensor | None]] = {
+        "": (attended, corr), "of attended": (attended, None), "of corr": (None, corr)
+    }  # fmt: skip
+    for label, given in gradients.items():
+        keep(label, correlation.backward, *given, q, k, v, attended, stats, width**-0.5, 1)
+    return found
+
+
+# Op -> its launches for an input type and a head width. A new op adds a line.
+LAUNCHES: dict[str, Callable[[torch.dtype, int], list[tuple[str, Launch]]]] = {"correlation": correlation_launches}
+
+
+def compile_launch(label: str, launch: Launch, capability: int) -> Compiled:
+    """Compile what `launch` would run, specialised for its arguments as Triton does when launching."""
+    signature, constants, attributes = {}, {}, {}
+    for index, (name, value) in enumerate(launch.arguments.items()):
+        if value is None or launch.kernel.params[index].is_constexpr or (type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        if isinstance(value, Tensor):
+            signature[name] = f"*{_TYPES[value.dtype]}"
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"
+        if isinstance(value, Tensor) or (type(value) is int and value % 16 == 0):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.tiles.options())
+    registers, spilled = _resources(built.asm["cubin"])
+    multiplier = next((name for name in _MULTIPLIERS if name in built.asm["ptx"]), "fma")
+    kernel = f"{launch.kernel.fn.__name__.removesuffix('_kernel')} {label}".strip()
+    return Compiled(kernel, launch.tiles, capability, registers, spilled, built.metadata.shared, multiplier)
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack) a thread, as the disassembler reads them from the binary."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    fields = dict(field.split(":", 1) for field in said.split() if ":" in field)
+    return int(fields["REG"]), int(fields["STACK"]) + int(fields["LOCAL"])
+
+
+def report(
+    ops: Sequence[str], dtypes: Sequence[torch.dtype], widths: Sequence[int], capabilities: Sequence[int]
+) -> Iterator[tuple[str, str | None]]:
+    """(line of the table, why it is at fault or None), as they are compiled."""
+    yield "| op | kernel | type | D | tile | warps | stages | sm | registers | spilled | shared | multiplies |", None
+    yield f"|{' --- |' * 12}", None
+    for op in ops:
+        for dtype in dtypes:
+            for width in widths:
+                for label, launch in LAUNCHES[op](dtype, width):
+                    for capability in capabilities:
+                        one = compile_launch(label, launch, capability)
+                        row = f"| {op} | {one.kernel} | {_TYPES[dtype]} | {width} | {one.cells()} |"
+                        yield row, one.fault()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m lpmflow_kernels.compile_report", description=__doc__)
+    types = {name: dtype for dtype, name in _TYPES.items()}
+    parser.add_argument("--op", nargs="+", choices=tuple(LAUNCHES), default=tuple(LAUNCHES))
+    parser.add_argument("--type", nargs="+", choices=tuple(types), default=tuple(_TYPES[dtype] for dtype in DTYPES))
+    parser.add_argument("--width", nargs="+", type=int, default=WIDTHS, help="head widths D")
+    parser.add_argument("--sm", nargs="+", type=int, choices=tuple(SHARED_LIMIT), default=CAPABILITIES)
+    chosen = parser.parse_args(arguments)
+    faults = []
+    for line, fault in report(chosen.op, [types[name] for name in chosen.type], chosen.width, chosen.sm):
+        print(line, flush=True)
+        faults += [fault] if fault else []
+    print("".join(f"\nfault: {fault}" for fault in faults), file=sys.stderr)
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

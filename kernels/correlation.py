@@ -1,0 +1,460 @@
+"""`correlation` in Triton: attention that also returns its maps, summed over the heads, without storing them per head.
+
+    r_h = q_h k_h^T    P_h = softmax(scale r_h)    attended_h = P_h v_h    corr = (sum_h P_h)[prefix:, prefix:]
+
+q (B, H, N, D), k and v (B, H, M, D), any strides with a dense last dimension; attended (B, H, N, D) in q's type, corr
+(B, N - prefix, M - prefix) in float32. Products of float16 and bfloat16 are accumulated in float32, those of float32
+are exact (no TF32); softmax, corr and all sums are float32. Nothing of size B H N M is allocated.
+
+Forward, two kernels:
+    attend     one program per (b, h, query tile), online softmax over the key tiles -> attended, stats
+    correlate  one program per (b, query tile, key tile), a loop over the heads: P_h from stats, corr stored once
+`stats` (2, B, H, N) holds the two numbers that give a row of P_h back: its largest r and the inverse of its sum,
+P = exp(scale (r - largest)) inverse. They are kept apart, not as one log-sum-exp, whose rounding would cost 1e-3 of P
+where logits reach 1e4.
+
+Backward, from q, k, v, attended and stats, with dO and dA the gradients of attended and corr (either may be missing):
+    dP_h = dO_h v_h^T + dA    delta_h = rowsum(P_h dP_h) = rowsum(dO_h attended_h) + rowsum(P_h dA)
+    dr_h = P_h (dP_h - delta_h)    dq_h = scale dr_h k_h    dk_h = scale dr_h^T q_h    dv_h = P_h^T dO_h
+    delta      one program per (b, h, query tile), a loop over the key tiles only where there is a dA
+    dq         one program per (b, h, query tile), a loop over the key tiles
+    dk, dv     one program per (b, h, key tile), a loop over the query tiles
+Every output is written once by one program: no atomics, and two runs agree to the last bit.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lpmflow_kernels._launch import Tiles, define, dense_rows, launch, refuse_second_order, row_alignment, why_not
+from lpmflow_kernels._tiles import (
+    add_product,
+    dot_rows,
+    load_rows,
+    program,
+    scale_rows,
+    split_width,
+    store_rows,
+    sum_products,
+    zero_rows,
+)
+
+__all__ = ["configuration", "correlation", "why_not"]
+
+OP = "correlation"
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite, so that a row of nothing but -inf comes out NaN, as it should
+
+# Kernel -> float16 and bfloat16, then float32; each for D up to 64, 96, 128 and 256: (queries, keys, warps, stages).
+#
+# Chosen from what the compiler reports, without spills and within 99 KB of shared memory as compiled for 8.0 (so that
+# 8.6 and 8.9 have enough); not measured. 64 rows are what a warpgroup of Hopper multiplies at once. 128 would leave a
+# third of a program's work unused for 257 tokens, so only correlate has them, where 256 are left without the prefix.
+# Exact float32 products run unrolled on the CUDA cores: larger tiles run out of registers.
+_TILES = {
+    "attend": (
+        ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2)),
+        ((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
+    ),
+    "correlate": (
+        ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2)),
+        ((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    ),
+    "delta": (
+        ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
+        ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    ),
+    "dq": (
+        ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 16, 8, 2)),
+        ((32, 32, 8, 2), (32, 16, 4, 2), (32, 16, 8, 2), (16, 16, 4, 2)),
+    ),
+    "dkv": (
+        ((32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2), (16, 64, 8, 2)),
+        ((32, 16, 4, 2), (32, 32, 8, 2), (32, 16, 8, 2), (16, 16, 4, 2)),
+    ),
+}
+_WIDTHS = (64, 96, 128, 256)
+
+
+def configuration(kernel: str, width: int, dtype: torch.dtype) -> Tiles:
+    """The tuning of one of the kernels for head width D and an input type."""
+    by_width = _TILES[kernel][dtype == torch.float32]
+    return Tiles(*by_width[bisect.bisect_left(_WIDTHS, width)])
+
+
+@triton.jit
+def products(b_q, b_k, o_k, M):
+    """r of a tile, -inf (so P = 0) where there is no such key: [BLOCK_Q, BLOCK_K]."""
+    return tl.where((o_k < M)[None, :], dot_rows(b_q, b_k), float("-inf"))
+
+
+@triton.jit
+def probabilities(b_r, b_largest, b_inverse, exponent):
+    """P from r and the stats of its rows."""
+    return tl.exp2((b_r - b_largest) * exponent) * b_inverse
+
+
+@triton.jit
+def load_map(p, o_q, o_k, stride_n, stride_m, N, M, prefix):
+    """Elements (o_q, o_k), of broadcastable shapes, of a map without the first `prefix` rows and columns, there 0."""
+    m_map = ((o_q >= prefix) & (o_q < N)) & ((o_k >= prefix) & (o_k < M))
+    p_map = p + (o_q - prefix).to(tl.int64) * stride_n + (o_k - prefix).to(tl.int64) * stride_m
+    return tl.load(p_map, mask=m_map, other=0.0)
+
+
+@triton.jit
+def attend_kernel(
+    # tensors
+    p_q, p_k, p_v, p_attended, p_largest, p_inverse,
+    # sizes
+    H, N, M,
+    # strides
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_km, stride_vb, stride_vh, stride_vm,
+    # scale log2(e)
+    exponent,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    i_tile, i_bh, i_b, i_h = program(tl.cdiv(N, BLOCK_Q), H)
+    o_q = i_tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    p_k += i_b * stride_kb + i_h * stride_kh
+    p_v += i_b * stride_vb + i_h * stride_vh
+
+    b_q = load_rows(p_q + i_b * stride_qb + i_h * stride_qh, o_q, stride_qn, N, D, D0, D1, ALIGN)
+    b_largest = tl.full([BLOCK_Q], LOWEST, tl.float32)
+    b_sum = tl.zeros([BLOCK_Q], tl.float32)
+    b_out = zero_rows(BLOCK_Q, D0, D1)
+    for first in range(0, M, BLOCK_K):
+        o_k = first + tl.arange(0, BLOCK_K)
+        b_k = load_rows(p_k, o_k, stride_km, M, D, D0, D1, ALIGN)
+        b_v = load_rows(p_v, o_k, stride_vm, M, D, D0, D1, ALIGN)
+        b_r = products(b_q, b_k, o_k, M)
+        # A NaN in r may be lost to the maximum, but not to the sum, and through the sum it reaches the whole row.
+        b_new = tl.maximum(b_largest, tl.max(b_r, axis=1))
+        b_decay = tl.exp2((b_largest - b_new) * exponent)
+        b_p = tl.exp2((b_r - b_new[:, None]) * exponent)  # [BLOCK_Q, BLOCK_K], not yet divided by the row's sum
+        b_sum = b_sum * b_decay + tl.sum(b_p, axis=1)
+        b_out = add_product(scale_rows(b_out, b_decay[:, None]), b_p, b_v, p_v.dtype.element_ty)
+        b_largest = b_new
+
+    b_inverse = 1.0 / b_sum
+    o_stats = i_bh * N + o_q
+    tl.store(p_largest + o_stats, b_largest, mask=o_q < N)
+    tl.store(p_inverse + o_stats, b_inverse, mask=o_q < N)
+    store_rows(p_attended + i_bh * N * D, scale_rows(b_out, b_inverse[:, None]), o_q, D, N, D)
+
+
+@triton.jit
+def correlate_kernel(
+    # tensors
+    p_q, p_k, p_largest, p_inverse, p_corr,
+    # sizes
+    H, N, M, prefix,
+    # strides
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_km,
+    # scale log2(e)
+    exponent,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    rows = N - prefix
+    columns = M - prefix
+    tiles_k = tl.cdiv(columns, BLOCK_K)
+    tiles = tl.cdiv(rows, BLOCK_Q) * tiles_k
+    i_tile = tl.program_id(0) % tiles
+    i_b = (tl.program_id(0) // tiles).to(tl.int64)
+    # Tiles are counted from the first row and column that are no prefix, so that they meet aligned memory in corr.
+    o_q = prefix + (i_tile // tiles_k) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_k = prefix + (i_tile % tiles_k) * BLOCK_K + tl.arange(0, BLOCK_K)
+    p_q += i_b * stride_qb
+    p_k += i_b * stride_kb
+    p_largest += i_b * H * N + o_q
+    p_inverse += i_b * H * N + o_q
+
+    b_corr = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
+    for _ in range(0, H):
+        b_q = load_rows(p_q, o_q, stride_qn, N, D, D0, D1, ALIGN)
+        b_k = load_rows(p_k, o_k, stride_km, M, D, D0, D1, ALIGN)
+        b_largest = tl.load(p_largest, mask=o_q < N, other=0.0)[:, None]
+        b_inverse = tl.load(p_inverse, mask=o_q < N, other=0.0)[:, None]
+        b_corr += probabilities(dot_rows(b_q, b_k), b_largest, b_inverse, exponent)
+        p_q += stride_qh
+        p_k += stride_kh
+        p_largest += N
+        p_inverse += N
+
+    p_corr += i_b * rows * columns + (o_q - prefix).to(tl.int64)[:, None] * columns + (o_k - prefix)[None, :]
+    tl.store(p_corr, b_corr, mask=(o_q < N)[:, None] & (o_k < M)[None, :])
+
+
+@triton.jit
+def delta_kernel(
+    # tensors; p_do and p_da may be None
+    p_q, p_k, p_attended, p_largest, p_inverse, p_do, p_da, p_delta,
+    # sizes
+    H, N, M, prefix,
+    # strides
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_km,
+    stride_ob, stride_oh, stride_on, stride_ab, stride_an, stride_am,
+    # scale log2(e)
+    exponent,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    i_tile, i_bh, i_b, i_h = program(tl.cdiv(N, BLOCK_Q), H)
+    o_q = i_tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_stats = i_bh * N + o_q
+
+    b_delta = tl.zeros([BLOCK_Q], tl.float32)
+    if p_do is not None:
+        b_do = load_rows(p_do + i_b * stride_ob + i_h * stride_oh, o_q, stride_on, N, D, D0, D1, ALIGN)
+        b_delta += sum_products(b_do, load_rows(p_attended + i_bh * N * D, o_q, D, N, D, D0, D1, ALIGN))
+    if p_da is not None:
+        p_k += i_b * stride_kb + i_h * stride_kh
+        p_da += i_b * stride_ab
+        b_q = load_rows(p_q + i_b * stride_qb + i_h * stride_qh, o_q, stride_qn, N, D, D0, D1, ALIGN)
+        b_largest = tl.load(p_largest + o_stats, mask=o_q < N, other=0.0)[:, None]
+        b_inverse = tl.load(p_inverse + o_stats, mask=o_q < N, other=0.0)[:, None]
+        for first in range(0, M, BLOCK_K):
+            o_k = first + tl.arange(0, BLOCK_K)
+            b_k = load_rows(p_k, o_k, stride_km, M, D, D0, D1, ALIGN)
+            b_da = load_map(p_da, o_q[:, None], o_k[None, :], stride_an, stride_am, N, M, prefix)
+            b_p = probabilities(products(b_q, b_k, o_k, M), b_largest, b_inverse, exponent)
+            b_delta += tl.sum(b_p * b_da, axis=1)
+    tl.store(p_delta + o_stats, b_delta, mask=o_q < N)
+
+
+@triton.jit
+def dq_kernel(
+    # tensors; p_do and p_da may be None
+    p_q, p_k, p_v, p_largest, p_inverse, p_do, p_da, p_delta, p_dq,
+    # sizes
+    H, N, M, prefix,
+    # strides
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_km, stride_vb, stride_vh, stride_vm,
+    stride_ob, stride_oh, stride_on, stride_ab, stride_an, stride_am,
+    # scale, and scale log2(e)
+    scale, exponent,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    i_tile, i_bh, i_b, i_h = program(tl.cdiv(N, BLOCK_Q), H)
+    o_q = i_tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_stats = i_bh * N + o_q
+    p_k += i_b * stride_kb + i_h * stride_kh
+
+    b_q = load_rows(p_q + i_b * stride_qb + i_h * stride_qh, o_q, stride_qn, N, D, D0, D1, ALIGN)
+    b_largest = tl.load(p_largest + o_stats, mask=o_q < N, other=0.0)[:, None]
+    b_inverse = tl.load(p_inverse + o_stats, mask=o_q < N, other=0.0)[:, None]
+    b_delta = tl.load(p_delta + o_stats, mask=o_q < N, other=0.0)[:, None]
+    if p_do is not None:
+        p_v += i_b * stride_vb + i_h * stride_vh
+        b_do = load_rows(p_do + i_b * stride_ob + i_h * stride_oh, o_q, stride_on, N, D, D0, D1, ALIGN)
+    if p_da is not None:
+        p_da += i_b * stride_ab
+    b_dq = zero_rows(BLOCK_Q, D0, D1)
+    for first in range(0, M, BLOCK_K):
+        o_k = first + tl.arange(0, BLOCK_K)
+        b_k = load_rows(p_k, o_k, stride_km, M, D, D0, D1, ALIGN)
+        b_p = probabilities(products(b_q, b_k, o_k, M), b_largest, b_inverse, exponent)
+        b_dp = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
+        if p_do is not None:
+            b_dp += dot_rows(b_do, load_rows(p_v, o_k, stride_vm, M, D, D0, D1, ALIGN))
+        if p_da is not None:
+            b_dp += load_map(p_da, o_q[:, None], o_k[None, :], stride_an, stride_am, N, M, prefix)
+        b_dq = add_product(b_dq, b_p * (b_dp - b_delta), b_k, p_k.dtype.element_ty)
+    store_rows(p_dq + i_bh * N * D, scale_rows(b_dq, scale), o_q, D, N, D)
+
+
+@triton.jit
+def dkv_kernel(
+    # tensors; p_do (then p_dv too) and p_da may be None
+    p_q, p_k, p_v, p_largest, p_inverse, p_do, p_da, p_delta, p_dk, p_dv,
+    # sizes
+    H, N, M, prefix,
+    # strides
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_km, stride_vb, stride_vh, stride_vm,
+    stride_ob, stride_oh, stride_on, stride_ab, stride_an, stride_am,
+    # scale, and scale log2(e)
+    scale, exponent,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    i_tile, i_bh, i_b, i_h = program(tl.cdiv(M, BLOCK_K), H)
+    o_k = i_tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    p_q += i_b * stride_qb + i_h * stride_qh
+
+    b_k = load_rows(p_k + i_b * stride_kb + i_h * stride_kh, o_k, stride_km, M, D, D0, D1, ALIGN)
+    b_dk = zero_rows(BLOCK_K, D0, D1)
+    if p_do is not None:
+        p_do += i_b * stride_ob + i_h * stride_oh
+        b_v = load_rows(p_v + i_b * stride_vb + i_h * stride_vh, o_k, stride_vm, M, D, D0, D1, ALIGN)
+        b_dv = zero_rows(BLOCK_K, D0, D1)
+    if p_da is not None:
+        p_da += i_b * stride_ab
+    for first in range(0, N, BLOCK_Q):
+        o_q = first + tl.arange(0, BLOCK_Q)
+        o_stats = i_bh * N + o_q
+        b_q = load_rows(p_q, o_q, stride_qn, N, D, D0, D1, ALIGN)
+        b_largest = tl.load(p_largest + o_stats, mask=o_q < N, other=0.0)[None, :]
+        b_inverse = tl.load(p_inverse + o_stats, mask=o_q < N, other=0.0)[None, :]
+        b_delta = tl.load(p_delta + o_stats, mask=o_q < N, other=0.0)[None, :]
+        # Everything transposed: keys along the rows, so that no tile is turned in registers.
+        b_p = probabilities(dot_rows(b_k, b_q), b_largest, b_inverse, exponent)
+        b_dp = tl.zeros([BLOCK_K, BLOCK_Q], tl.float32)
+        if p_do is not None:
+            b_do = load_rows(p_do, o_q, stride_on, N, D, D0, D1, ALIGN)
+            b_dv = add_product(b_dv, b_p, b_do, p_do.dtype.element_ty)
+            b_dp += dot_rows(b_v, b_do)
+        if p_da is not None:
+            b_dp += load_map(p_da, o_q[None, :], o_k[:, None], stride_an, stride_am, N, M, prefix)
+        b_dk = add_product(b_dk, b_p * (b_dp - b_delta), b_q, p_q.dtype.element_ty)
+    store_rows(p_dk + i_bh * M * D, scale_rows(b_dk, scale), o_k, D, M, D)
+    if p_do is not None:
+        store_rows(p_dv + i_bh * M * D, b_dv, o_k, D, M, D)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+    attended, corr, stats = outputs = _outputs(q, k, v, scale, prefix)
+    if attended.numel() == 0:
+        return attended, corr.zero_(), stats.zero_()
+    if scale < 0:  # the kernels take the largest product of a row for its largest logit
+        return forward(-q, k, v, -scale, prefix)
+    arguments = _arguments(q, k, v, scale, prefix)
+    arguments |= {"p_attended": attended, "p_largest": stats[0], "p_inverse": stats[1], "p_corr": corr}
+    with torch.cuda.device_of(q):
+        _launch_per_head(attend_kernel, "attend", q, arguments)
+        if corr.numel() > 0:
+            tiles = configuration("correlate", q.shape[-1], q.dtype)
+            _, rows, columns = corr.shape
+            programs = len(q) * triton.cdiv(rows, tiles.block_q) * triton.cdiv(columns, tiles.block_k)
+            launch(correlate_kernel, programs, tiles, arguments)
+    return outputs
+
+
+def backward(
+    grad_attended: Tensor | None,
+    grad_corr: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attended: Tensor,
+    stats: Tensor,
+    scale: float,
+    prefix: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = grads = _grads(grad_attended, grad_corr, q, k, v)
+    if grad_corr is not None and grad_corr.numel() == 0:
+        grad_corr = None
+    if dq.numel() == 0 or (grad_attended is None and grad_corr is None):
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    if scale < 0:
+        dq, dk, dv = backward(grad_attended, grad_corr, -q, k, v, attended, stats, -scale, prefix)
+        return -dq, dk, dv
+    arguments = _arguments(q, k, v, scale, prefix)
+    arguments |= {"p_attended": attended, "p_largest": stats[0], "p_inverse": stats[1]}
+    arguments |= _strided("p_da", grad_corr, "stride_a", "bnm")
+    grad_attended = None if grad_attended is None else dense_rows(grad_attended)
+    arguments |= _strided("p_do", grad_attended, "stride_o", "bhn")
+    if grad_attended is not None:
+        arguments["ALIGN"] = min(arguments["ALIGN"], row_alignment(attended, grad_attended))
+    arguments |= {"p_delta": torch.empty_like(stats[0]), "p_dq": dq, "p_dk": dk, "p_dv": dv}
+    if grad_attended is None:
+        dv.zero_()
+    with torch.cuda.device_of(q):
+        _launch_per_head(delta_kernel, "delta", q, arguments)
+        _launch_per_head(dq_kernel, "dq", q, arguments)
+        _launch_per_head(dkv_kernel, "dkv", k, arguments)
+    return grads
+
+
+def _arguments(q: Tensor, k: Tensor, v: Tensor, scale: float, prefix: int) -> dict[str, Any]:
+    """What the kernels are told of the inputs."""
+    q, k, v = (dense_rows(x) for x in (q, k, v))
+    width = q.shape[-1]
+    head, tail = split_width(width)
+    return {
+        **_strided("p_q", q, "stride_q", "bhn"),
+        **_strided("p_k", k, "stride_k", "bhm"),
+        **_strided("p_v", v, "stride_v", "bhm"),
+        "H": q.shape[1],
+        "N": q.shape[2],
+        "M": k.shape[2],
+        "prefix": prefix,
+        "scale": scale,
+        "exponent": max(scale * math.log2(math.e), 1e-30),  # not 0, so that -inf stays -inf
+        "D": width,
+        "D0": head,
+        "D1": tail,
+        "ALIGN": row_alignment(q, k, v),
+    }
+
+
+def _strided(pointer: str, x: Tensor | None, stride: str, axes: str) -> dict[str, Any]:
+    """The arguments for a tensor and the strides of its first axes: None and zeros where there is none."""
+    steps = (0,) * len(axes) if x is None else x.stride()[: len(axes)]
+    return {pointer: x, **{f"{stride}{axis}": step for axis, step in zip(axes, steps, strict=True)}}
+
+
+def _launch_per_head(kernel: Any, name: str, x: Tensor, arguments: dict[str, Any]) -> None:
+    """One program per (b, h, tile of the rows of x)."""
+    tiles = configuration(name, x.shape[-1], x.dtype)
+    block = tiles.block_k if name == "dkv" else tiles.block_q
+    launch(kernel, x.shape[0] * x.shape[1] * triton.cdiv(x.shape[2], block), tiles, arguments)
+
+
+def _outputs(q: Tensor, k: Tensor, v: Tensor, scale: float, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, n, _ = q.shape
+    corr = q.new_empty((batch, n - prefix, k.shape[2] - prefix), dtype=torch.float32)
+    return q.new_empty(q.shape), corr, q.new_empty((2, batch, heads, n), dtype=torch.float32)
+
+
+def _grads(
+    grad_attended: Any, grad_corr: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, ctx.scale, ctx.prefix = inputs
+    attended, _, stats = output
+    ctx.save_for_backward(q, k, v, attended, stats)
+    ctx.mark_non_differentiable(stats)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad_attended: Tensor | None, grad_corr: Tensor | None, _: None) -> tuple[Any, ...]:
+    grads = torch.ops.lpmflow.correlation_triton_backward(
+        grad_attended, grad_corr, *ctx.saved_tensors, ctx.scale, ctx.prefix
+    )
+    return (*grads, None, None)
+
+
+define(
+    "correlation_triton",
+    "(Tensor q, Tensor k, Tensor v, float scale, SymInt prefix) -> (Tensor, Tensor, Tensor)",
+    forward,
+    _outputs,
+)
+define(
+    "correlation_triton_backward",
+    "(Tensor? grad_attended, Tensor? grad_corr, Tensor q, Tensor k, Tensor v, Tensor attended, Tensor stats, "
+    "float scale, SymInt prefix) -> (Tensor, Tensor, Tensor)",
+    backward,
+    _grads,
+)
+torch.library.register_autograd("lpmflow::correlation_triton", _differentiate, setup_context=_save)
+torch.library.register_autograd("lpmflow::correlation_triton_backward", functools.partial(refuse_second_order, OP))
+
+
+def correlation(q: Tensor, k: Tensor, v: Tensor, *, scale: float, prefix: int) -> tuple[Tensor, Tensor]:
+    """(attended, corr) of checked arguments; see `lpmflow.ops.correlation`."""
+    attended, corr, _ = torch.ops.lpmflow.correlation_triton(q, k, v, scale, prefix)
+    return attended, corr

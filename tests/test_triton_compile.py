@@ -1,0 +1,87 @@
+"""Every Triton kernel compiles for the GPUs we name, without spilling; a sample here, all by the report's command."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from lpmflow_kernels import compile_report, correlation  # noqa: E402
+from lpmflow_kernels._launch import Tiles, keep_launches  # noqa: E402
+
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# What the models run: heads of 96 and 24; the types and architectures each seen at least once.
+SAMPLE = [
+    ("bf16", 96, 90),
+    ("bf16", 96, 80),
+    ("fp16", 96, 100),
+    ("fp16", 24, 90),
+    ("fp32", 24, 90),
+]
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Binaries are kept between runs, by Triton, outside the user's own cache."""
+    if "TRITON_CACHE_DIR" not in os.environ:
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir()) / "lpmflow-test-triton-cache"))
+
+
+@pytest.mark.parametrize("op", compile_report.LAUNCHES)
+@pytest.mark.parametrize(("dtype", "width", "capability"), SAMPLE)
+def test_kernels_compile_without_spills(op, dtype, width, capability):
+    launches = [launch for label, launch in compile_report.LAUNCHES[op](TYPES[dtype], width) if label == ""]
+    assert launches
+    for launch in launches:
+        compiled = compile_report.compile_launch("", launch, capability)
+        assert compiled.fault() is None
+        if dtype != "fp32":
+            assert compiled.multiplier == {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}[capability], compiled.kernel
+
+
+def test_sizes_and_strides_of_one_compile():
+    """Triton makes constants of arguments that are 1."""
+    q, k, v = (torch.empty(2, 1, tokens, 1, device="meta") for tokens in (1, 2, 2))
+    with keep_launches() as launches:
+        attended, corr, stats = correlation.forward(q, k, v, 1.0, 0)
+        correlation.backward(attended, corr, q, k, v, attended, stats, 1.0, 0)
+        correlation.forward(*(x.new_empty(1, 1, 2, 1) for x in (q, k, v)), 1.0, 1)
+    assert len(launches) == 7
+    for launch in launches:
+        assert compile_report.compile_launch("", launch, 80).registers > 0
+
+
+def test_a_spill_is_seen():
+    """Tiles far too large for their warps: the report must say so, and its command must fail."""
+    launches = [launch for label, launch in compile_report.LAUNCHES["correlation"](torch.bfloat16, 128) if label == ""]
+    (launch,) = (launch for launch in launches if launch.kernel is correlation.dkv_kernel)
+    large = replace(launch, tiles=Tiles(64, 64, 1, 1), arguments={**launch.arguments, "BLOCK_Q": 64, "BLOCK_K": 64})
+    compiled = compile_report.compile_launch("", large, 80)
+    assert compiled.spilled > 100 and compiled.fault() == f"dkv spills {compiled.spilled} bytes a thread on 80"
+
+
+def test_too_much_shared_memory_is_a_fault():
+    compiled = compile_report.Compiled("dq", Tiles(64, 64, 4, 2), 90, 168, 0, 100 * 1024, "wgmma")
+    assert compiled.fault() is None
+    assert (
+        replace(compiled, capability=80).fault() == "dq wants 102400 bytes of shared memory on 80, the limit is 101376"
+    )
+
+
+def test_the_command_prints_a_table_and_its_status_says_whether_there_are_faults(capsys, monkeypatch):
+    arguments = ["--type", "bf16", "--width", "96", "--sm", "90"]
+    good = compile_report.Compiled("dq", Tiles(64, 32, 4, 2), 90, 128, 0, 57344, "wgmma")
+    monkeypatch.setattr(compile_report, "compile_launch", lambda *_: good)
+    assert compile_report.main(arguments) == 0
+    printed = capsys.readouterr()
+    assert "| correlation | dq | bf16 | 96 | 64 x 32 | 4 | 2 | 90 | 128 | 0 | 56 | wgmma |" in printed.out
+    monkeypatch.setattr(compile_report, "compile_launch", lambda *_: replace(good, spilled=24))
+    assert compile_report.main(arguments) == 1
+    assert "dq spills 24 bytes a thread on 90" in capsys.readouterr().err
