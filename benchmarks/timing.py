@@ -1,0 +1,115 @@
+"""Measuring: interleaved medians, the machine's own peaks, peak memory."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+Run = Callable[[], object]
+
+
+def interleaved(runs: dict[str, Run], device: torch.device, *, seconds: float, rounds: int = 5) -> dict[str, float]:
+    """Median seconds of one call of each run, all taking turns, so that a slow moment of the machine hits them alike.
+
+    Each gets at least `rounds` turns, and they go on until `seconds` have passed in all.
+    """
+    for run in runs.values():  # what is built or tuned at the first call is not what is measured
+        run()
+        run()
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    start = time.perf_counter()
+    turn = 0
+    while turn < rounds or time.perf_counter() - start < seconds:
+        for name, run in runs.items():
+            taken[name].append(_once(run, device))
+        turn += 1
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def _once(run: Run, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize(device)
+        return begin.elapsed_time(end) / 1e3
+    begin_time = time.perf_counter()
+    run()
+    return time.perf_counter() - begin_time
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What this machine reached in a large matrix product and in a large copy."""
+
+    flops: float
+    """Operations a second."""
+    bytes: float
+    """Bytes a second, read and written together."""
+
+    def floor(self, flops: int, moved: int) -> float:
+        """The least seconds a computation of that size can take."""
+        return max(flops / self.flops, moved / self.bytes)
+
+
+def measure_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
+    """The best of a few large products and copies in `dtype`."""
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    elements = 2**28 if device.type == "cuda" else 2**25
+    source = torch.zeros(elements, device=device)
+    target = torch.zeros_like(source)
+    product = min(_once(lambda: torch.mm(a, b, out=out), device) for _ in range(8))
+    copy = min(_once(lambda: target.copy_(source), device) for _ in range(8))
+    return Peaks(2 * side**3 / product, 2 * source.numel() * source.itemsize / copy)
+
+
+_MEMORY = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+import shapes
+from lpmflow import ops
+backend, backward = sys.argv[2], sys.argv[3] == "1"
+stage = next(stage for stage in getattr(shapes, sys.argv[4])() if stage.name == sys.argv[5])
+def run(inputs):
+    if backward:
+        inputs = [x.detach().requires_grad_() for x in inputs]
+    attended, corr = ops.correlation(*inputs, backend=backend)
+    if backward:
+        torch.autograd.backward((attended, corr), (torch.ones_like(attended), torch.ones_like(corr)))
+        inputs += [x.grad for x in inputs]
+    return inputs, attended, corr
+def resident(field):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(field)) * 1024
+small = [x[:, :, :9] for x in stage.inputs(torch.float32, torch.device("cpu"))]
+run(small)  # threads and libraries are not what is measured
+inputs = stage.inputs(torch.float32, torch.device("cpu"))
+before = resident("VmRSS")
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")
+kept, attended, corr = run(inputs)
+results = [attended, corr] * (2 if backward else 1) + kept[3:]  # outputs and the gradients given for them, and ours
+print(resident("VmHWM") - before - sum(x.numel() * x.element_size() for x in results))
+"""
+
+
+def peak_memory(folder: str, op: str, stage: str, backend: str, *, backward: bool) -> int | None:
+    """Bytes by which one call on the CPU raised this process's peak, beside its results; None off Linux.
+
+    In a process of its own, because an allocator that kept memory from earlier calls would hide it.
+    """
+    if not sys.platform.startswith("linux"):
+        return None
+    command = [sys.executable, "-c", _MEMORY, folder, backend, "1" if backward else "0", op, stage]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout)
