@@ -97,7 +97,9 @@ def find_compiler() -> str | None:
         if found is None:
             raise RuntimeError(f"CXX must name a C++ compiler, got {named!r}")
         return named
-    return next((found for name in ("g++", "clang++", "c++") if (found := shutil.which(name))), None)
+    if sys.platform == "win32":  # its compilers are not what the sources are written for
+        return None
+    return next((shlex.quote(found) for name in ("g++", "clang++", "c++") if (found := shutil.which(name))), None)
 
 
 def find_nvcc() -> tuple[str | None, str | None]:
@@ -158,11 +160,11 @@ def ninja_file(target: Path, compiler: str, nvcc: str | None, archs: list[str], 
     flags += ["-DLPMFLOW_X86=1"] if x86 else []
     flags += [f"-DLPMFLOW_CUDA_ARCHS='\"{' '.join(archs)}\"'"] if nvcc else []
     flags += ["-fopenmp"] if openmp else []
-    flags += [f"-isystem {_escape(path)}" for path in dict.fromkeys(includes)]
+    flags += [f"-isystem {_quote(path)}" for path in dict.fromkeys(includes)]
     link = ["-shared", *(["-undefined dynamic_lookup"] if sys.platform == "darwin" else [])]
     link += ["-fopenmp"] if openmp else []
     lines = [
-        f"cxx = {compiler}",
+        f"cxx = {compiler.replace('$', '$$')}",
         f"flags = {' '.join(flags)}",
         "rule cxx",
         "  command = $cxx $flags $options -MMD -MF $out.d -c $in -o $out",
@@ -177,14 +179,15 @@ def ninja_file(target: Path, compiler: str, nvcc: str | None, archs: list[str], 
         lines += [f"build {objects[-1]}: cxx {_escape(SOURCES / unit)}", f"  options = {options}"]
     if nvcc:
         lines += [
-            f"nvcc = {_escape(nvcc)}",
+            f"nvcc = {_quote(nvcc)}",
             "rule nvcc",
             "  command = $nvcc $options -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
         ]
         options = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler -fPIC,-fvisibility=hidden"]
-        options += ["-ccbin " + shlex.split(compiler)[0], "--threads 2"]
+        options += [f"-ccbin {_quote(host_compiler(compiler))}"]
+        options += [] if os.environ.get("MAX_JOBS") else ["--threads 2"]
         options += [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs]
         newest = max((arch for arch in archs if arch.isdigit()), key=int, default=None)
         options += [f"-gencode arch=compute_{newest},code=compute_{newest}"] if newest else []
@@ -192,9 +195,9 @@ def ninja_file(target: Path, compiler: str, nvcc: str | None, archs: list[str], 
             objects.append(f"{source.stem}.cu.o")
             lines += [f"build {objects[-1]}: nvcc {_escape(source)}", f"  options = {' '.join(options)}"]
         # nvcc knows where its own runtime library lies
-        link = ["-shared", "--cudart static", "-ccbin " + shlex.split(compiler)[0]]
+        link = ["-shared", "--cudart static", f"-ccbin {_quote(host_compiler(compiler))}"]
         link += ["-Xcompiler -fopenmp"] if openmp else []
-    lines.append(f"linker = {_escape(nvcc) if nvcc else '$cxx'}")
+    lines.append(f"linker = {_quote(nvcc) if nvcc else '$cxx'}")
     lines += [f"build {_escape(target)}: link {' '.join(objects)}", f"  options = {' '.join(link)}"]
     return "\n".join([*lines, f"default {_escape(target)}", ""])
 
@@ -244,5 +247,17 @@ def _accepts(compiler: str, option: str) -> bool:
         return subprocess.run(command, capture_output=True).returncode == 0
 
 
+def host_compiler(compiler: str) -> str:
+    """The program that compiles, of a command such as "ccache g++ -m64": what nvcc wants to know."""
+    words = [word for word in shlex.split(compiler) if not word.startswith("-")]
+    return words[-1]
+
+
+def _quote(path: object) -> str:
+    """A path as one word of a command, inside a ninja variable."""
+    return shlex.quote(str(path)).replace("$", "$$")
+
+
 def _escape(path: object) -> str:
+    """A path in a ninja `build` line; ninja quotes it for the shell itself."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")

@@ -20,15 +20,9 @@ namespace {
 
 using Address = uintptr_t;
 
-const CpuKernels* chosen = nullptr;
+const CpuKernels* chosen = nullptr;  // set when the module is loaded
 
-const CpuKernels& kernels() {
-  if (chosen == nullptr) {
-    chosen = kCpuKernels;
-    while (!chosen->supported()) ++chosen;
-  }
-  return *chosen;
-}
+const CpuKernels& kernels() { return *chosen; }
 
 Rows rows(Address data, const py::tuple& strides) {
   return {reinterpret_cast<const void*>(data), strides[0].cast<int64_t>(), strides[1].cast<int64_t>(),
@@ -122,12 +116,18 @@ bool use_instruction_set(const std::string& name) {
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
+  chosen = kCpuKernels;
+  while (!chosen->supported()) ++chosen;
   m.doc() = "Native kernels of lpmflow; use them through lpmflow.ops.";
   m.attr("cuda_architectures") = LPMFLOW_CUDA_ARCHS;  // separated by blanks; empty without CUDA kernels
   m.def("instruction_sets", &instruction_sets, "Names of those this machine can run, best first.");
   m.def("instruction_set", [] { return kernels().isa; }, "The one in use.");
   m.def("use_instruction_set", &use_instruction_set, "False when the name is not one of instruction_sets().");
-  m.def("float16", [] { return kernels().float16; }, "Whether the compiler knew 16-bit floats.");
+#if defined(__FLT16_MANT_DIG__)
+  m.attr("float16") = true;  // whether the compiler knew 16-bit floats
+#else
+  m.attr("float16") = false;
+#endif
   m.def("correlation_forward", &correlation_forward);
   m.def("correlation_backward", &correlation_backward);
 #if !defined(LPMFLOW_NO_CUDA)

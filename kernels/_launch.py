@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from torch import Tensor
 
 MAX_WIDTH = 256
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_INTERPRETED = bool(triton.knobs.runtime.interpret)
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_OLDEST = (3, 4)
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ def keep_launches() -> Iterator[list[Launch]]:
 
 def why_no_device() -> str | None:
     """None when there is a device that Triton's kernels could run on, else the reason in one sentence."""
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _OLDEST:
+        return f"it needs Triton 3.4 or newer, and this is {triton.__version__}"
     if _INTERPRETED or torch.cuda.is_available():
         return None
     return "it runs on CUDA devices and none is visible (on the CPU with TRITON_INTERPRET=1, slowly)"
@@ -105,11 +109,15 @@ def define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., 
     torch.library.define(op, schema, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(op, ("CUDA", "CPU") if _INTERPRETED else "CUDA")(run)
     torch.library.register_fake(op)(fake)
-    torch.library.register_vmap(op)(functools.partial(_refuse_vmap, name))
+    if hasattr(torch.library, "register_vmap"):  # PyTorch 2.5; before, vmap has a refusal of its own
+        torch.library.register_vmap(op)(functools.partial(_refuse_vmap, name))
 
 
 def _refuse_vmap(name: str, info: Any, in_dims: Any, *args: Any) -> Any:
-    raise RuntimeError(f"{name}: torch.func.vmap is not supported; the op has a batch dimension, B, of its own")
+    raise RuntimeError(
+        f"{name}: torch.func.vmap is not supported; the op has a batch dimension, B, of its own (backend='reference' "
+        f"supports vmap)"
+    )
 
 
 def refuse_second_order(op: str, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:

@@ -8,12 +8,14 @@ are a head of 64 and a tail of 32, which computes a third less than padding to 1
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
 
 # The interpreter (TRITON_INTERPRET=1) keeps bfloat16 as its bit pattern and computes with that as if it were the
 # number, and rounds to bfloat16 towards zero. So there, tiles are widened when loaded and rounded by hand.
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def split_width(width: int) -> tuple[int, int]:

@@ -94,6 +94,27 @@ def test_architectures(build, monkeypatch, tmp_path):
     assert build.cuda_archs(str(nvcc)) == ["86", "90a"]
 
 
+def test_what_nvcc_is_told_of_the_compiler(build, tmp_path):
+    assert build.host_compiler("g++") == "g++"
+    assert build.host_compiler("ccache /opt/my\\ tools/g++ -m64") == "/opt/my tools/g++"
+    text = build.ninja_file(tmp_path / "_native.so", "ccache g++ -m64", "/opt/my cuda/bin/nvcc", ["80"], openmp=True)
+    assert "cxx = ccache g++ -m64\n" in text and "-ccbin g++" in text and "nvcc = '/opt/my cuda/bin/nvcc'\n" in text
+
+
+def test_one_job_is_one_job(build, monkeypatch, tmp_path):
+    arguments = (tmp_path / "_native.so", "g++", "nvcc", ["80"])
+    assert "--threads 2" in build.ninja_file(*arguments, openmp=True)
+    monkeypatch.setenv("MAX_JOBS", "1")
+    assert "--threads" not in build.ninja_file(*arguments, openmp=True)
+
+
+def test_no_code_for_other_machines_runs_when_the_module_is_loaded():
+    """Nothing but the table's own functions may refer to kernels that need AVX: no initialiser does."""
+    source = (ROOT / "csrc" / "cpu" / "kernels.cpp").read_text()
+    assert "constexpr CpuKernels kTable[]" in source
+    assert "table()" not in source
+
+
 def test_the_script_compiles_every_source(build, tmp_path):
     text = build.ninja_file(tmp_path / "_native.so", "g++", None, [], openmp=True)
     for source in sorted((ROOT / "csrc").rglob("*.cpp")):

@@ -150,6 +150,30 @@ def test_nan_comes_out_where_it_belongs(isa):
     assert torch.equal(found[1].isnan(), wanted[1].isnan())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bits", ["1", "all", "negative"])
+def test_every_nan_comes_out(isa, dtype, bits):
+    """A NaN is any number with a full exponent and a payload, not only the one that float("nan") is."""
+    integer = torch.int32 if dtype == torch.float32 else torch.int64
+    canonical = torch.tensor(float("nan"), dtype=dtype).view(integer)
+    pattern = {
+        "1": canonical | 1,
+        "all": torch.full_like(canonical, -1),
+        "negative": canonical | torch.iinfo(integer).min,
+    }[bits]
+    nan = pattern.view(dtype)
+    assert nan.isnan()
+    q, k, v = inputs((1, 2, 20, 21, 8, 1), dtype)
+    q[0, 1, 7, 3] = nan
+    found, wanted = (run(q, k, v, scale=1.0, prefix=1) for run in (by_native, reference.correlation))
+    for value, expected in zip(found, wanted, strict=True):
+        assert torch.equal(value.isnan(), expected.isnan())
+    q, k, v = inputs((1, 2, 20, 21, 8, 1), dtype)
+    k[0, 1, 3] = nan
+    attended, corr = by_native(q, k, v, scale=1.0, prefix=1)
+    assert attended[0, 1].isnan().all() and corr.isnan().all()
+
+
 def test_nothing_but_the_prefix():
     q, k, v = inputs((1, 2, 3, 2, 4, 2))
     attended, corr = by_native(q, k, v, scale=1.0, prefix=2)
@@ -189,6 +213,21 @@ def test_second_derivatives_are_refused():
     (grad,) = torch.autograd.grad(attended.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="the native backend has no second derivative"):
         grad.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by the first torch.func.jvp itself
+def test_forward_mode_goes_to_the_reference():
+    q, k, v = inputs((1, 2, 5, 7, 4, 1), torch.float64)
+    tangent = torch.ones_like(q)
+    _, found = torch.func.jvp(lambda x: ops.correlation(x, k, v)[1], (q,), (tangent,))
+    _, wanted = torch.func.jvp(lambda x: reference.correlation(x, k, v, scale=0.5, prefix=1)[1], (q,), (tangent,))
+    torch.testing.assert_close(found, wanted)
+    assert found.abs().max() > 0.01 and ops.last_backend("correlation") == "reference"
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, tangent)
+        with pytest.raises(RuntimeError, match="'native' cannot run: it has no forward-mode derivative"):
+            ops.correlation(dual, k, v, backend="native")
+        ops.correlation(q, k, v, backend="native")  # no tangent, nothing to lose
 
 
 def test_vmap_is_refused():

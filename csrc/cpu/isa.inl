@@ -1,16 +1,12 @@
-// Body of one instruction set's translation unit: instantiates every CPU kernel and gathers them in a table.
+// Body of one instruction set's translation unit: its CPU kernels, under names that kernels.cpp declares. Nothing here
+// may run before it is known that the machine has the instructions, so there are no objects to initialise.
 #include "../correlation/correlation_cpu.h"
-#include "kernels.h"
-
-#define LPMFLOW_STRING_OF(x) #x
-#define LPMFLOW_STRING(x) LPMFLOW_STRING_OF(x)
 
 namespace lpmflow {
 namespace LPMFLOW_ISA {
 
-CpuKernels table() {
-  return {LPMFLOW_STRING(LPMFLOW_ISA), nullptr, LPMFLOW_HAS_FLOAT16 != 0, correlation_forward, correlation_backward};
-}
+int run_correlation_forward(const CorrelationForward& op) { return correlation_forward(op); }
+int run_correlation_backward(const CorrelationBackward& op) { return correlation_backward(op); }
 
 }  // namespace LPMFLOW_ISA
 }  // namespace lpmflow

@@ -2,40 +2,48 @@
 
 namespace lpmflow {
 
-namespace baseline {
-CpuKernels table();
-}
+#define LPMFLOW_DECLARE(isa)                                   \
+  namespace isa {                                              \
+  int run_correlation_forward(const CorrelationForward& op);   \
+  int run_correlation_backward(const CorrelationBackward& op); \
+  }
 
+#define LPMFLOW_KERNELS(isa, supported) \
+  CpuKernels { #isa, supported, isa::run_correlation_forward, isa::run_correlation_backward }
+
+LPMFLOW_DECLARE(baseline)
 #if defined(LPMFLOW_X86)
-namespace avx2 {
-CpuKernels table();
-}
-namespace avx512 {
-CpuKernels table();
-}
+LPMFLOW_DECLARE(avx2)
+LPMFLOW_DECLARE(avx512)
 #endif
 
 namespace {
 
-CpuKernels with(CpuKernels kernels, bool (*supported)()) {
-  kernels.supported = supported;
-  return kernels;
+bool always() { return true; }
+
+#if defined(LPMFLOW_X86)
+// What build.py compiles each file with.
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
 }
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
 
 }  // namespace
 
-const CpuKernels kCpuKernels[] = {
+constexpr CpuKernels kTable[] = {
 #if defined(LPMFLOW_X86)
-    with(avx512::table(),
-         [] {
-           return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                  __builtin_cpu_supports("fma");
-         }),
-    with(avx2::table(), [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }),
+    LPMFLOW_KERNELS(avx512, has_avx512),
+    LPMFLOW_KERNELS(avx2, has_avx2),  // every machine with AVX2 has the conversions of F16C
 #endif
-    with(baseline::table(), [] { return true; }),
+    LPMFLOW_KERNELS(baseline, always),
     CpuKernels{},
 };
+
+const CpuKernels* const kCpuKernels = kTable;
 
 }  // namespace lpmflow

@@ -8,12 +8,11 @@ namespace lpmflow {
 struct CpuKernels {
   const char* isa;
   bool (*supported)();  // by the machine we run on
-  bool float16;         // whether the compiler knew the type
   int (*correlation_forward)(const CorrelationForward&);
   int (*correlation_backward)(const CorrelationBackward&);
 };
 
 // Best first, ended by an entry whose isa is null.
-extern const CpuKernels kCpuKernels[];
+extern const CpuKernels* const kCpuKernels;
 
 }  // namespace lpmflow

@@ -78,7 +78,7 @@ inline typename Simd<T>::Vec exp_nonpositive(typename Simd<T>::Vec x) {
   using Vec = typename S::Vec;
   using Bits = typename S::Bits;
   const Vec zero = {};
-  const Vec bounded = x < zero + S::kLowest ? zero + S::kLowest : x;  // a comparison with NaN is false: NaN passes
+  const Vec bounded = x < zero + S::kLowest ? zero + S::kLowest : x;
   const Vec shifted = bounded * T(1.44269504088896340736) + S::kRound;
   const Vec n = shifted - S::kRound;
   const Vec r = (bounded - n * S::kLn2High) - n * S::kLn2Low;
@@ -91,7 +91,8 @@ inline typename Simd<T>::Vec exp_nonpositive(typename Simd<T>::Vec x) {
   bits += exponent << S::kMantissa;
   Vec result;
   std::memcpy(&result, &bits, sizeof result);
-  return x < zero + S::kLowest ? zero : result;
+  const Vec flushed = x < zero + S::kLowest ? zero : result;
+  return x == x ? flushed : x;  // the arithmetic on the bits may have made a number of a NaN
 }
 
 }  // namespace LPMFLOW_ISA

@@ -17,7 +17,7 @@ from lpmflow_kernels.native import DTYPES, check, check_cuda, dense_rows
 
 OP = "correlation"
 MAX_WIDTH = 256
-_FLOAT16: bool = native.module is not None and native.module.float16()
+_FLOAT16: bool = native.module is not None and native.module.float16
 
 
 def why_not(device_type: str, dtype: torch.dtype, width: int) -> str | None:
@@ -163,7 +163,10 @@ def _refuse_second_order(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
 
 
 def _refuse_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    raise RuntimeError(f"{OP}: torch.func.vmap is not supported; the op has a batch dimension, B, of its own")
+    raise RuntimeError(
+        f"{OP}: torch.func.vmap is not supported; the op has a batch dimension, B, of its own (backend='reference' "
+        f"supports vmap)"
+    )
 
 
 def _register() -> None:
@@ -182,7 +185,8 @@ def _register() -> None:
         torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
         torch.library.impl(qualified, "CPU")(run)
         torch.library.register_fake(qualified)(fake)
-        torch.library.register_vmap(qualified)(_refuse_vmap)
+        if hasattr(torch.library, "register_vmap"):  # PyTorch 2.5; before, vmap has a refusal of its own
+            torch.library.register_vmap(qualified)(_refuse_vmap)
     torch.library.impl("lpmflow::correlation_native", "CUDA")(_forward_cuda)
     torch.library.register_autograd("lpmflow::correlation_native", _differentiate, setup_context=_save)
     torch.library.register_autograd("lpmflow::correlation_native_backward", _refuse_second_order)

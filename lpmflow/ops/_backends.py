@@ -119,8 +119,8 @@ def backend_report() -> dict[str, dict[str, str | None]]:
 
 def _from_context(op: str) -> str | None:
     chosen = _named.get()
-    if chosen is not None:
-        return chosen.get(op)
+    if chosen is not None and op in chosen:
+        return chosen[op]
     return _from_environment(op)
 
 

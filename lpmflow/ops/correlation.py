@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lpmflow import reference
 from lpmflow.ops._autocast import without_autocast
@@ -30,6 +31,9 @@ def correlation(
     Returns:
         attended (B, H, N, D) in q's dtype, and corr (B, N - prefix, M - prefix) in float32 (float64 for float64),
         rows in [0, H]. Both are differentiable in q, k and v. Autocast does not reach inside.
+
+    The backends other than "reference" have first derivatives only, backward-mode, and no `torch.func.vmap`: where
+    tensors carry a forward-mode tangent the reference is chosen, a second derivative or vmap raises RuntimeError.
 
     Raises TypeError or ValueError naming the argument, RuntimeError when the named backend cannot run.
     """
@@ -61,6 +65,8 @@ def correlation(
 def _why_not(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """None when an installed backend can compute with tensors like these, else the reason in one sentence."""
     reason: str | None = None
+    if backend != "reference" and _has_tangent(q, k, v):
+        return "it has no forward-mode derivative, which the reference has"
     if backend == "native":
         from lpmflow_kernels.native import correlation as native
 
@@ -74,6 +80,13 @@ def _why_not(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
         reason = triton.why_not(q)
     return reason
+
+
+def _has_tangent(*tensors: Tensor) -> bool:
+    """Whether a tensor carries a forward-mode derivative (torch.func.jvp, dual tensors), which kernels would drop."""
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def _needs_gradient(*tensors: Tensor) -> bool:
