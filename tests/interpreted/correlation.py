@@ -188,6 +188,27 @@ def test_constant_rows_are_uniform_even_where_logits_are_large(level):
     torch.testing.assert_close(attended, v.mean(2, keepdim=True).expand(q.shape), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_outputs_are_rounded_to_the_nearest(dtype):
+    q, k, v = inputs(m=2, width=96, dtype=DTYPES[dtype])
+    attended, _ = op.correlation(q, torch.zeros_like(k), v, scale=0.3, prefix=1)
+    assert torch.equal(attended, v.float().mean(2, keepdim=True).to(q.dtype).expand(q.shape))
+
+
+def test_logits_of_minus_infinity(monkeypatch):
+    """Keys that are out of the question fill the first tile, or, for the last token, all tiles: then P is NaN."""
+    monkeypatch.setattr(op, "configuration", lambda *_: Tiles(16, 16, 4, 1))
+    q, k, v = inputs(m=40)
+    q[..., 0] = 1.0
+    k[:, :, :20, 0] = float("-inf")
+    q[..., 1], k[..., 1] = 0.0, -3e38
+    q[:, :, 4, 1] = 1e30  # times -3e38 there is nothing but -inf
+    attended, corr = op.correlation(q, k, v, scale=0.3, prefix=0)
+    wanted = reference.correlation(q, k, v, scale=0.3, prefix=0)
+    torch.testing.assert_close((attended, corr), wanted, equal_nan=True)
+    assert torch.isfinite(attended[:, :, :4]).all() and attended[:, :, 4].isnan().all()
+
+
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
