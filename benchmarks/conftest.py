@@ -113,6 +113,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             terminalreporter.write_line("  " + line)
     if (path := config.getoption("--json")) is not None:
         target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.tmp")
         temporary.write_text(json.dumps({"machine": about, "tables": found.tables}, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, target)
