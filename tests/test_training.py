@@ -315,7 +315,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(photos: Tensor, finished
 def test_a_finished_run_is_not_trained_further(photos: Tensor, finished: Finished) -> None:
     said: list[str] = []
     network = train(SMALL, photos, finished.out, options(4), say=said.append)
-    assert said[1:] == finished.said
+    assert said[1] == f"the run in {finished.out} is finished; choose another folder for a new one"
+    assert said[2:] == finished.said
     assert finished.network is not None and same(network.state_dict(), finished.network.state_dict())
 
 

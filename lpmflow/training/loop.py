@@ -76,6 +76,8 @@ def train(
     with others, FloatingPointError when the loss is no number any more.
     """
     run = Training(config, photos, out, options or TrainOptions(), say)
+    if run.progress >= 1:
+        run.say(f"the run in {run.out} is finished; choose another folder for a new one")
     while run.progress < 1:
         run.step()
     run.save()
