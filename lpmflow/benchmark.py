@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lpmflow.data.homographies import HomographyPair, load_homographies
-from lpmflow.data.spair import KeypointPair, load_spair
+from lpmflow.data.pairs import KeypointPair
+from lpmflow.data.spair import load_spair
 from lpmflow.evaluation import PCK, box_extent, pck, relative_errors
 from lpmflow.evaluation.pck import PROTOCOL
 
@@ -57,6 +58,8 @@ def report_keypoints(
     """PCK of the matcher on `pairs` at each of `ALPHAS`."""
     errors = []
     for pair, match in _matched(pairs, matcher, batch_size):
+        if pair.target_box is None:
+            raise ValueError(f"pairs must have a target box, which {pair.name!r} has not")
         for said, found, path in (
             (pair.source_size, match.src_size, pair.source),
             (pair.target_size, match.tgt_size, pair.target),

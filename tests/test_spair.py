@@ -52,9 +52,32 @@ def test_a_pair_is_read_as_written(tmp_path: Path, colon: str, split: str) -> No
     assert pair.target == tmp_path / "JPEGImages" / "cat" / "right.jpg"
     assert pair.source_points.tolist() == [[1, 2], [3.5, 4]]
     assert pair.target_points.tolist() == [[5, 6], [7, 8]]
+    assert pair.source_box is not None and pair.target_box is not None
     assert (pair.source_box.tolist(), pair.target_box.tolist()) == ([0, 1, 9, 8], [2, 3, 20, 30])
     arrays = (pair.source_points, pair.target_points, pair.source_box, pair.target_box)
     assert all(array.dtype == np.float64 for array in arrays)
+
+
+def test_what_the_annotation_says_beside_the_points(tmp_path: Path) -> None:
+    flags = {"viewpoint_variation": 1, "scale_variation": 2, "truncation": 3, "occlusion": 0, "mirror": 1}
+    make(tmp_path, kps_ids=["3", "17"], src_imsize=[60, 40, 3], trg_imsize=[25, 33, 3], **flags)
+    (pair,) = load_spair(tmp_path, "val")
+    assert pair.difficulty == {"viewpoint": 1, "scale": 2, "truncation": 3, "occlusion": 0, "mirror": 1}
+    assert pair.point_ids is not None and pair.point_ids.dtype == np.int64 and pair.point_ids.tolist() == [3, 17]
+    assert (pair.source_size, pair.target_size) == ((40, 60), (33, 25))
+    assert pair.flip is False and pair.source_mask is None
+
+
+def test_names_of_points_and_unknown_difficulties(tmp_path: Path) -> None:
+    make(tmp_path, kps_ids=["u3", "7"], truncation=0, occlusion=0, variation_flags_known=False)
+    (pair,) = load_spair(tmp_path, "val")
+    assert pair.point_ids is not None and pair.point_ids.tolist() == ["u3", "7"] and pair.difficulty == {}
+
+
+def test_an_annotation_that_says_no_more_than_the_points(tmp_path: Path) -> None:
+    make(tmp_path)
+    (pair,) = load_spair(tmp_path, "val")
+    assert pair.point_ids is pair.source_size is pair.target_size is None and pair.difficulty == {}
 
 
 def test_the_order_is_that_of_the_layout_file(tmp_path: Path) -> None:
@@ -138,6 +161,11 @@ def test_a_field_is_missing(tmp_path: Path, field: str) -> None:
         ("trg_bndbox", [0, 0, float("inf"), 4], "trg_bndbox must be finite"),
         ("src_kps", {"x": 1}, "."),
         ("src_imname", 7, "."),
+        ("kps_ids", ["1"], "kps_ids must be as many as src_kps, 2, got 1"),
+        ("kps_ids", "12", "kps_ids must be a list of numbers or names, got '12'"),
+        ("kps_ids", [1.5, 2], "kps_ids must be a list of numbers or names"),
+        ("truncation", -1, "truncation must be a whole number from 0, got -1"),
+        ("viewpoint_variation", "2", "viewpoint_variation must be a whole number from 0, got '2'"),
     ],
 )
 def test_a_field_of_another_kind(tmp_path: Path, field: str, value: Any, message: str) -> None:
@@ -155,11 +183,13 @@ def test_an_annotation_of_another_kind(tmp_path: Path, content: bytes) -> None:
 @pytest.mark.parametrize(("split", "count"), [("val", 219), ("test", 390), ("trn", 180)])
 def test_the_stored_photographs(shared: Path, split: str, count: int) -> None:
     def check(pair: KeypointPair) -> None:
+        assert pair.point_ids is not None and len(set(pair.point_ids.tolist())) == len(pair.source_points)
+        assert pair.difficulty == {}
         assert pair.source.is_file() and pair.target.is_file()
         assert pair.source_points.shape == pair.target_points.shape == (len(pair.source_points), 2)
         assert np.isfinite(np.concatenate((pair.source_points, pair.target_points))).all()
         for box in (pair.source_box, pair.target_box):
-            assert box.shape == (4,) and box[0] < box[2] and box[1] < box[3]
+            assert box is not None and box.shape == (4,) and box[0] < box[2] and box[1] < box[3]
 
     pairs = load_spair(shared / "data" / "pairs", split)
     assert len(pairs) == count == len({pair.name for pair in pairs})

@@ -5,40 +5,30 @@
     JPEGImages/category/IMAGE.jpg
 
 Coordinates in the files are 0-based pixels with the centre of the top left pixel at (0, 0), as in `lpmflow.geometry`.
+A folder whose difficulties are not known may say so with `"variation_flags_known": false`; its pairs then have none.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-SPLITS = ("trn", "val", "test")
+from lpmflow.data.pairs import KeypointPair, Layout, load_pairs
 
-
-@dataclass(frozen=True, eq=False)
-class KeypointPair:
-    """Two photographs of objects of one category, and points that lie on the same part of both."""
-
-    name: str
-    category: str
-    source: Path
-    target: Path
-    source_points: NDArray[np.float64]
-    """(N, 2), (x, y) in pixels of the source."""
-    target_points: NDArray[np.float64]
-    """(N, 2), (x, y) in pixels of the target; the same points in the same order."""
-    source_box: NDArray[np.float64]
-    """(4,): x1, y1, x2, y2 of the object, in pixels."""
-    target_box: NDArray[np.float64]
-    source_size: tuple[int, int] | None = None
-    """(height, width) the annotation was made at, where it says so."""
-    target_size: tuple[int, int] | None = None
+_DIFFICULTY = {
+    "viewpoint": "viewpoint_variation",
+    "scale": "scale_variation",
+    "truncation": "truncation",
+    "occlusion": "occlusion",
+    "mirror": "mirror",
+}
 
 
 def load_spair(root: str | os.PathLike[str], split: str) -> list[KeypointPair]:
@@ -47,10 +37,19 @@ def load_spair(root: str | os.PathLike[str], split: str) -> list[KeypointPair]:
     Raises ValueError for an unknown split; FileNotFoundError when the layout file, an annotation or an image is not
     there; ValueError naming the file when one is not as the layout says. Nothing is skipped.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    folder = Path(root)
-    layout = folder / "Layout" / "large" / f"{split}.txt"
+    return load_pairs("spair", root, split)
+
+
+def _present(root: Path) -> list[str]:
+    return [split for split in LAYOUT.splits if _list(root, split).is_file()]
+
+
+def _list(root: Path, split: str) -> Path:
+    return root / "Layout" / "large" / f"{split}.txt"
+
+
+def _records(root: Path, split: str) -> list[Callable[[], KeypointPair]]:
+    layout = _list(root, split)
     if not layout.is_file():
         raise FileNotFoundError(f"root must be a folder in the layout of SPair-71k, but there is no {layout}")
     try:
@@ -62,7 +61,7 @@ def load_spair(root: str | os.PathLike[str], split: str) -> list[KeypointPair]:
     for name in names:
         if ":" not in name:
             raise ValueError(f"{layout} must list NUMBER-SOURCE-TARGET:category, got {name!r}")
-    return [_pair(folder, split, name) for name in names]
+    return [functools.partial(_pair, root, split, name) for name in names]
 
 
 def _pair(root: Path, split: str, name: str) -> KeypointPair:
@@ -79,6 +78,7 @@ def _pair(root: Path, split: str, name: str) -> KeypointPair:
         source_box, target_box = (_box(fields, key) for key in ("src_bndbox", "trg_bndbox"))
         sizes = [_size(fields, key) for key in ("src_imsize", "trg_imsize")]
         source, target = (root / "JPEGImages" / category / fields[key] for key in ("src_imname", "trg_imname"))
+        ids, difficulty = _ids(fields), _difficulty(fields)
     except (ValueError, KeyError, TypeError) as error:
         what = f"has no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{file}: {what}") from error
@@ -87,10 +87,25 @@ def _pair(root: Path, split: str, name: str) -> KeypointPair:
             f"{file}: src_kps and trg_kps must be equally many and at least one, got {len(source_points)} and "
             f"{len(target_points)}"
         )
+    if ids is not None and len(ids) != len(source_points):
+        raise ValueError(f"{file}: kps_ids must be as many as src_kps, {len(source_points)}, got {len(ids)}")
     for image in (source, target):
         if not image.is_file():
             raise FileNotFoundError(f"{file}: there is no image {image}")
-    return KeypointPair(name, category, source, target, source_points, target_points, source_box, target_box, *sizes)
+    return KeypointPair(
+        name,
+        category,
+        source,
+        target,
+        source_points,
+        target_points,
+        source_box,
+        target_box,
+        source_size=sizes[0],
+        target_size=sizes[1],
+        point_ids=ids,
+        difficulty=difficulty,
+    )
 
 
 def _array(fields: dict[str, Any], key: str, shape: tuple[int, ...]) -> NDArray[np.float64]:
@@ -116,3 +131,27 @@ def _size(fields: dict[str, Any], key: str) -> tuple[int, int] | None:
         return None
     width, height, _ = _array(fields, key, (3,)).astype(int).tolist()
     return height, width
+
+
+def _ids(fields: dict[str, Any]) -> NDArray[Any] | None:
+    """(N,) int64 where the file numbers its keypoints, as SPair-71k does ("0", "1", ...), else their names."""
+    given = fields.get("kps_ids")
+    if given is None:
+        return None
+    if not isinstance(given, list) or not all(isinstance(one, (str, int)) for one in given):
+        raise ValueError(f"kps_ids must be a list of numbers or names, got {given!r}")
+    names = [str(one) for one in given]
+    return np.array(names, dtype=np.int64 if all(name.isdecimal() for name in names) else np.str_)
+
+
+def _difficulty(fields: dict[str, Any]) -> dict[str, int]:
+    if not fields.get("variation_flags_known", True):
+        return {}
+    found = {name: fields[key] for name, key in _DIFFICULTY.items() if key in fields}
+    for name, value in found.items():
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{_DIFFICULTY[name]} must be a whole number from 0, got {value!r}")
+    return found
+
+
+LAYOUT = Layout("spair", "SPair-71k", ("trn", "val", "test"), _present, _records)

@@ -1,0 +1,78 @@
+"""The contract of image pairs: what a pair refuses to hold, and the door to all data sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lpmflow.data import BENCHMARKS, KeypointPair, load_pairs
+from lpmflow.data.pairs import layout
+
+POINTS = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+
+
+def pair(**changed: Any) -> KeypointPair:
+    fields = {"source_points": POINTS, "target_points": POINTS + 1, **changed}
+    return KeypointPair("one", "cat", Path("a.jpg"), Path("b.jpg"), **fields)
+
+
+def test_what_a_set_does_not_say_is_none() -> None:
+    bare = pair()
+    assert bare.source_box is bare.target_box is bare.source_size is bare.target_size is bare.point_ids is None
+    assert bare.source_mask is bare.target_mask is None
+    assert bare.difficulty == {} and bare.flip is False
+
+
+def test_a_pair_may_have_masks_and_no_points() -> None:
+    nothing = np.empty((0, 2))
+    masked = pair(source_points=nothing, target_points=nothing, source_mask=Path("a.png"), target_mask=POINTS)
+    assert masked.target_mask is POINTS and len(masked.source_points) == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"source_points": POINTS[0]}, r"source_points must have shape \(N, 2\), got \(2,\)"),
+        ({"target_points": np.zeros((3, 3))}, r"target_points must have shape \(N, 2\), got \(3, 3\)"),
+        ({"target_points": POINTS[:2]}, "source_points and target_points must be equally many, got 3 and 2"),
+        ({"target_points": POINTS * np.nan}, "target_points must be finite"),
+        ({"source_box": POINTS}, r"source_box must have shape \(4,\), got \(3, 2\)"),
+        ({"target_box": np.array([0, 0, np.inf, 1])}, "target_box must be finite"),
+        ({"point_ids": np.arange(2)}, r"point_ids must have shape \(3,\), got \(2,\)"),
+        ({"source_mask": np.zeros(4)}, r"source_mask must have shape \(N, 2\), got \(4,\)"),
+    ],
+)
+def test_arrays_that_do_not_fit(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        pair(**changed)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_layout_has_its_name(name: str, tmp_path: Path) -> None:
+    found = layout(name)
+    assert found.name == name and "test" in found.splits
+    assert found.present(tmp_path) == [] == found.present(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("name", ["pascal", "", "SPAIR", "hpatches"])
+def test_an_unknown_benchmark(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        load_pairs(name, tmp_path, "test")
+    assert str(refused.value) == f"benchmark must be one of {', '.join(BENCHMARKS)}, got {name!r}"
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("split", ["train", "", "VAL", "../val"])
+def test_an_unknown_split(tmp_path: Path, name: str, split: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        load_pairs(name, tmp_path, split)
+    assert str(refused.value) == f"split must be one of {', '.join(layout(name).splits)}, got {split!r}"
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_folder_that_is_not_there(tmp_path: Path, name: str) -> None:
+    with pytest.raises(FileNotFoundError, match="^root must be a folder in the layout of "):
+        load_pairs(name, tmp_path / "absent", "test")
