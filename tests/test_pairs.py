@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lpmflow.data import BENCHMARKS, KeypointPair, load_pairs
-from lpmflow.data.pairs import layout
+from lpmflow.data.pairs import beyond, layout
 
 POINTS = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
 
@@ -48,6 +48,40 @@ def test_a_pair_may_have_masks_and_no_points() -> None:
 def test_arrays_that_do_not_fit(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}$"):
         pair(**changed)
+
+
+@pytest.mark.parametrize(
+    ("point", "allowed"),
+    [
+        ((0, 0), True),
+        ((-0.5, 39.5), True),
+        ((-6.4, 20), True),
+        ((65.4, 45.4), True),
+        ((-6.6, 20), False),
+        ((65.6, 20), False),
+        ((30, -6.6), False),
+        ((30, 45.6), False),
+    ],
+)
+@pytest.mark.parametrize("side", ["source", "target"])
+def test_points_may_lie_a_little_beyond_the_border(side: str, point: tuple[float, float], allowed: bool) -> None:
+    """By a tenth of the longer side: 6 pixels of 60 x 40, which covers [-0.5, 59.5] x [-0.5, 39.5]."""
+    given = {f"{side}_points": np.array([[1.0, 2.0], point, [3, 4]]), f"{side}_size": (40, 60)}
+    if allowed:
+        pair(**given)
+        return
+    with pytest.raises(ValueError) as refused:
+        pair(**given)
+    assert str(refused.value) == (
+        f"{side}_points[1] must lie in the photograph of 60 x 40, or beyond its border by at most 0.1 of the longer "
+        f"side, got ({point[0]:g}, {point[1]:g})"
+    )
+
+
+def test_how_far_points_lie_beyond_the_border() -> None:
+    points = np.array([[0, 0], [-0.5, 39.5], [-2.5, 20], [61.5, 41], [30, 45.5]])
+    assert beyond(points, (40, 60)).tolist() == [0, 0, 2, 2, 6]
+    assert beyond(np.empty((0, 2)), (40, 60)).shape == (0,)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

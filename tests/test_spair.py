@@ -164,6 +164,8 @@ def test_a_field_is_missing(tmp_path: Path, field: str) -> None:
         ("kps_ids", ["1"], "kps_ids must be as many as src_kps, 2, got 1"),
         ("kps_ids", "12", "kps_ids must be a list of numbers or names, got '12'"),
         ("kps_ids", [1.5, 2], "kps_ids must be a list of numbers or names"),
+        ("src_imsize", [60, 0, 3], r"src_imsize must be \[width, height, channels\], got \[60, 0, 3\]"),
+        ("trg_imsize", [10, 5, 3], r"target_points\[0\] must lie in the photograph of 10 x 5, or beyond "),
         ("truncation", -1, "truncation must be a whole number from 0, got -1"),
         ("viewpoint_variation", "2", "viewpoint_variation must be a whole number from 0, got '2'"),
     ],

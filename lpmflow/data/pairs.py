@@ -19,6 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+BEYOND = 0.1
+"""How far beyond the border a marked point may lie, as a part of the photograph's longer side."""
+
 DIFFICULTIES = ("viewpoint", "scale", "truncation", "occlusion", "mirror")
 """The keys `KeypointPair.difficulty` may have, those of SPair-71k; higher is harder, up to 2, 2, 3, 3 and 1."""
 
@@ -28,7 +31,7 @@ class KeypointPair:
     """Two photographs of objects of one kind, and what is known to correspond: points, or the objects' masks.
 
     Points are (x, y) in pixels of the photograph as stored, the centre of the top left pixel at (0, 0). Raises
-    ValueError when the arrays do not fit each other, or are not finite.
+    ValueError when the arrays do not fit each other, are not finite, or lie too far outside (`require_inside`).
     """
 
     name: str
@@ -37,7 +40,7 @@ class KeypointPair:
     source: Path
     target: Path
     source_points: NDArray[np.float64]
-    """(N, 2), (x, y); marked points may lie a little beyond the border. (0, 2) where the set has masks instead."""
+    """(N, 2), (x, y); a little beyond the border here and there. (0, 2) where the set has masks instead."""
     target_points: NDArray[np.float64]
     """(N, 2): the same points of the object in the same order."""
     source_box: NDArray[np.float64] | None = None
@@ -65,6 +68,9 @@ class KeypointPair:
             raise ValueError(
                 f"source_points and target_points must be equally many, got {count} and {len(self.target_points)}"
             )
+        for points, size in (("source_points", self.source_size), ("target_points", self.target_size)):
+            if size is not None:
+                require_inside(points, getattr(self, points), size)
         for name in ("source_box", "target_box"):
             if getattr(self, name) is not None:
                 _require(name, getattr(self, name), (4,))
@@ -94,6 +100,10 @@ class Layout:
 
 _HOMES = {
     "spair": "lpmflow.data.spair",
+    "pf-pascal": "lpmflow.data.pf_pascal",
+    "pf-willow": "lpmflow.data.pf_willow",
+    "caltech-101": "lpmflow.data.caltech",
+    "ap-10k": "lpmflow.data.ap10k",
 }
 BENCHMARKS = tuple(_HOMES)
 """The names `load_pairs` knows. Any folder arranged like SPair-71k is "spair"."""
@@ -121,6 +131,27 @@ def pair_records(found: Layout, root: str | os.PathLike[str], split: str) -> lis
     if split not in found.splits:
         raise ValueError(f"split must be one of {', '.join(found.splits)}, got {split!r}")
     return found.records(Path(root), split)
+
+
+def require_inside(name: str, points: NDArray[np.float64], size: tuple[int, int]) -> None:
+    """ValueError when one of `points` (N, 2) is no point of a photograph of `size` (height, width).
+
+    Points of parts at the very border, marked by hand, lie a little outside here and there; up to `BEYOND` of the
+    longer side is taken for that, more for a mistake.
+    """
+    far = beyond(points, size) > BEYOND * max(size)
+    if far.any():
+        x, y = points[far.argmax()].tolist()
+        raise ValueError(
+            f"{name}[{far.argmax()}] must lie in the photograph of {size[1]} x {size[0]}, or beyond its border by at "
+            f"most {BEYOND:g} of the longer side, got ({x:g}, {y:g})"
+        )
+
+
+def beyond(points: NDArray[np.float64], size: tuple[int, int]) -> NDArray[np.float64]:
+    """(N,): how far each point (x, y) lies beyond the border of a photograph of `size`, in pixels; 0 inside."""
+    corner = np.array([size[1], size[0]]) - 0.5
+    return np.maximum(np.maximum(-0.5 - points, points - corner), 0).max(axis=1, initial=0)
 
 
 def _require(name: str, array: NDArray[np.float64], shape: tuple[int | None, ...]) -> None:

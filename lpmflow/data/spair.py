@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lpmflow.data.files import naming, read_text
 from lpmflow.data.pairs import KeypointPair, Layout, load_pairs
 
 _DIFFICULTY = {
@@ -52,10 +53,7 @@ def _records(root: Path, split: str) -> list[Callable[[], KeypointPair]]:
     layout = _list(root, split)
     if not layout.is_file():
         raise FileNotFoundError(f"root must be a folder in the layout of SPair-71k, but there is no {layout}")
-    try:
-        names = [line.strip() for line in layout.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{layout} must be text: {error}") from error
+    names = [line.strip() for line in read_text(layout).splitlines() if line.strip()]
     if not names:
         raise ValueError(f"{layout} lists no pair")
     for name in names:
@@ -72,40 +70,36 @@ def _pair(root: Path, split: str, name: str) -> KeypointPair:
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         raise FileNotFoundError(f"pair {name!r} of split {split!r} has no annotation {files[0]}")
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-        source_points, target_points = (_array(fields, key, (-1, 2)) for key in ("src_kps", "trg_kps"))
-        source_box, target_box = (_box(fields, key) for key in ("src_bndbox", "trg_bndbox"))
+    with naming(file):
+        fields = json.loads(read_text(file))
+        points = [_array(fields, key, (-1, 2)) for key in ("src_kps", "trg_kps")]
+        boxes = [_box(fields, key) for key in ("src_bndbox", "trg_bndbox")]
         sizes = [_size(fields, key) for key in ("src_imsize", "trg_imsize")]
         source, target = (root / "JPEGImages" / category / fields[key] for key in ("src_imname", "trg_imname"))
-        ids, difficulty = _ids(fields), _difficulty(fields)
-    except (ValueError, KeyError, TypeError) as error:
-        what = f"has no {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{file}: {what}") from error
-    if len(source_points) != len(target_points) or not len(source_points):
-        raise ValueError(
-            f"{file}: src_kps and trg_kps must be equally many and at least one, got {len(source_points)} and "
-            f"{len(target_points)}"
+        if len(points[0]) != len(points[1]) or not len(points[0]):
+            raise ValueError(
+                f"src_kps and trg_kps must be equally many and at least one, got {len(points[0])} and {len(points[1])}"
+            )
+        ids = _ids(fields)
+        if ids is not None and len(ids) != len(points[0]):
+            raise ValueError(f"kps_ids must be as many as src_kps, {len(points[0])}, got {len(ids)}")
+        for image in (source, target):
+            if not image.is_file():
+                raise FileNotFoundError(f"{file}: there is no image {image}")
+        return KeypointPair(
+            name,
+            category,
+            source,
+            target,
+            points[0],
+            points[1],
+            source_box=boxes[0],
+            target_box=boxes[1],
+            source_size=sizes[0],
+            target_size=sizes[1],
+            point_ids=ids,
+            difficulty=_difficulty(fields),
         )
-    if ids is not None and len(ids) != len(source_points):
-        raise ValueError(f"{file}: kps_ids must be as many as src_kps, {len(source_points)}, got {len(ids)}")
-    for image in (source, target):
-        if not image.is_file():
-            raise FileNotFoundError(f"{file}: there is no image {image}")
-    return KeypointPair(
-        name,
-        category,
-        source,
-        target,
-        source_points,
-        target_points,
-        source_box,
-        target_box,
-        source_size=sizes[0],
-        target_size=sizes[1],
-        point_ids=ids,
-        difficulty=difficulty,
-    )
 
 
 def _array(fields: dict[str, Any], key: str, shape: tuple[int, ...]) -> NDArray[np.float64]:
@@ -130,6 +124,8 @@ def _size(fields: dict[str, Any], key: str) -> tuple[int, int] | None:
     if key not in fields:
         return None
     width, height, _ = _array(fields, key, (3,)).astype(int).tolist()
+    if width < 1 or height < 1:
+        raise ValueError(f"{key} must be [width, height, channels], got {fields[key]!r}")
     return height, width
 
 

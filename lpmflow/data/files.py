@@ -1,0 +1,114 @@
+"""Reading the small files of data sets: text, JSON, tables, and the photographs they name.
+
+Errors begin with the file and the record they are about.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@contextlib.contextmanager
+def naming(record: object) -> Iterator[None]:
+    """What is wrong inside, as a ValueError that begins with the file and record it is wrong in."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        what = f"has no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{record}: {what}") from error
+
+
+def read_text(file: Path) -> str:
+    """The text of a file; ValueError when it is not UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} must be text: {error}") from error
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file holds; ValueError when it is none."""
+    try:
+        return json.loads(read_text(file))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} must be JSON: {error}") from error
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table."""
+
+    file: Path
+    line: int
+    """Its number in the file, the column names being line 1."""
+    fields: list[str]
+
+    def __str__(self) -> str:
+        return f"{self.file}, line {self.line}"
+
+    def require(self, *counts: int) -> None:
+        """ValueError when the line does not have one of these numbers of fields."""
+        if len(self.fields) not in counts:
+            wanted = " or ".join(map(str, counts))
+            raise ValueError(f"{self}: must have {wanted} fields, got {len(self.fields)}")
+
+    def numbers(self, fields: Sequence[str], what: str) -> NDArray[np.float64]:
+        """`fields` as finite float64; ValueError saying `what` when one is no number."""
+        try:
+            values = np.array([float(field) for field in fields])
+        except ValueError as error:
+            raise ValueError(f"{self}: {what} must be numbers: {error}") from error
+        if not np.isfinite(values).all():
+            raise ValueError(f"{self}: {what} must be finite")
+        return values
+
+
+def read_table(file: Path) -> list[Row]:
+    """The lines of a comma-separated file below its column names; ValueError when it has none of either."""
+    lines = [(number, fields) for number, fields in _lines(file) if any(field.strip() for field in fields)]
+    if not lines or any(_is_number(field) for field in lines[0][1]):
+        raise ValueError(f"{file} must begin with a line of column names")
+    if len(lines) == 1:
+        raise ValueError(f"{file} lists no pair")
+    return [Row(file, number, [field.strip() for field in fields]) for number, fields in lines[1:]]
+
+
+def _lines(file: Path) -> list[tuple[int, list[str]]]:
+    try:
+        reader = csv.reader(read_text(file).splitlines(), strict=True)
+        return [(reader.line_num, fields) for fields in reader]
+    except csv.Error as error:
+        raise ValueError(f"{file} must be a comma-separated table: {error}") from error
+
+
+def _is_number(field: str) -> bool:
+    try:
+        float(field)
+    except ValueError:
+        return False
+    return True
+
+
+def find_file(root: Path, name: str, what: str) -> Path:
+    """The file that a list below `root` calls `name`, such as PF-dataset/car(G)/Cars_006a.png.
+
+    Lists begin their names at different folders, so leading ones that are not there are left out, but for the last
+    folder. Raises FileNotFoundError saying `what` record asks for it, ValueError for a name that leads out of `root`.
+    """
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    if not parts or ".." in parts or PurePosixPath(name).is_absolute():
+        raise ValueError(f"{what}: must name a file below {root}, got {name!r}")
+    for first in range(max(1, len(parts) - 1)):
+        found = root.joinpath(*parts[first:])
+        if found.is_file():
+            return found
+    raise FileNotFoundError(f"{what}: there is no image {root.joinpath(*parts)}")
