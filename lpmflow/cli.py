@@ -26,6 +26,7 @@ examples:
   lpmflow demo                                       match the bundled photographs
   lpmflow match cat.jpg dog.jpg -o match.png         match two of your own, draw the result
   lpmflow evaluate --benchmark spair --root DIR      score a model on pairs whose truth is known
+  lpmflow data check DIR                             what a data set holds, and what is wrong with it
   lpmflow info                                       versions, devices, backends
 """,
     "match": """\
@@ -43,6 +44,13 @@ examples:
   lpmflow evaluate --benchmark spair --root SPair-71k --split val
   lpmflow evaluate --benchmark hpatches --root hpatches/v_dogman --model trained.safetensors
 """,
+    "check": """\
+examples:
+  lpmflow data check SPair-71k
+  lpmflow data check PF-PASCAL --benchmark pf-pascal
+
+Every list, annotation and photograph is read. The exit code is 1 when something is wrong.
+""",
     "demo": """\
 example:
   lpmflow demo -o /tmp/lpmflow-demo
@@ -58,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own) and return its exit code; usage errors exit with 2."""
     args = parser().parse_args(argv)
     try:
-        args.run(args)
+        code: int = args.run(args) or 0
         sys.stdout.flush()
     except BrokenPipeError:
         # The interpreter flushes stdout once more at exit, and must find somewhere to write.
@@ -69,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         print(f"lpmflow: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    return 0
+    return code
 
 
 def parser() -> argparse.ArgumentParser:
@@ -104,6 +112,16 @@ def parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--batch-size", metavar="N", type=int, default=8, help="pairs at once (default: %(default)s)")
     _matcher_options(evaluate)
+
+    data = commands.add_parser("data", help="look at data sets", description="Look at data sets.")
+    check = _command(
+        data.add_subparsers(metavar="COMMAND", required=True),
+        "check",
+        "say what a folder of image pairs holds, and all that is wrong with it",
+        run_data_check,
+    )
+    check.add_argument("root", metavar="ROOT", help="the folder")
+    check.add_argument("--benchmark", metavar="NAME", help="the data set (default: recognised by what is there)")
 
     demo = _command(commands, "demo", "match the bundled photographs on the CPU and write pictures", run_demo)
     demo.add_argument("-o", "--output", metavar="DIR", default="lpmflow-demo", help="folder (default: ./%(default)s)")
@@ -145,6 +163,22 @@ def run_evaluate(args: argparse.Namespace) -> None:
     benchmark.run(args.benchmark, args.root, matcher, split=args.split, batch_size=args.batch_size)
 
 
+def run_data_check(args: argparse.Namespace) -> int:
+    """`lpmflow data check`; 1 when something is wrong."""
+    from tqdm import tqdm
+
+    from lpmflow.data.check import check_pairs
+
+    report = check_pairs(
+        args.root,
+        args.benchmark,
+        # disable=None: no bar in a log
+        progress=lambda files: tqdm(files, "reading photographs", leave=False, disable=None),
+    )
+    print("\n".join(report.lines()))
+    return 1 if report.wrong else 0
+
+
 def run_demo(args: argparse.Namespace) -> None:
     """`lpmflow demo`."""
     from lpmflow import demo
@@ -182,7 +216,7 @@ def _command(
     commands: argparse._SubParsersAction[argparse.ArgumentParser],
     name: str,
     summary: str,
-    run: Callable[[argparse.Namespace], None],
+    run: Callable[[argparse.Namespace], int | None],
 ) -> argparse.ArgumentParser:
     added = commands.add_parser(
         name,

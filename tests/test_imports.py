@@ -36,7 +36,7 @@ ARROWS: dict[str, set[str]] = {
     "benchmark": LEAVES | {"data", "evaluation", "matcher", "result"},
     "info": LEAVES | {"lpmflow", "model", "ops"},
     "demo": LEAVES | {"images", "matcher", "result", "visualize", "flowfile"},
-    "cli": LEAVES | {"lpmflow", "images", "matcher", "result", "model", "benchmark", "info", "demo"},
+    "cli": LEAVES | {"lpmflow", "images", "matcher", "result", "model", "benchmark", "data", "info", "demo"},
     "__main__": {"cli"},
     "lpmflow_kernels": set(),
 }

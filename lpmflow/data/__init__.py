@@ -1,6 +1,7 @@
 """Data: photographs, warp pairs made from them, and image pairs with ground truth."""
 
 from lpmflow.data.homographies import HomographyPair, load_homographies
+from lpmflow.data.loader import PairBatch, PairDataset, PairSample, collate
 from lpmflow.data.masks import read_mask
 from lpmflow.data.pairs import BENCHMARKS, KeypointPair, load_pairs
 from lpmflow.data.photos import load_photos
@@ -11,9 +12,13 @@ __all__ = [
     "BENCHMARKS",
     "HomographyPair",
     "KeypointPair",
+    "PairBatch",
+    "PairDataset",
+    "PairSample",
     "WarpBatch",
     "WarpPairs",
     "WarpRange",
+    "collate",
     "load_homographies",
     "load_pairs",
     "load_photos",

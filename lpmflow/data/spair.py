@@ -56,14 +56,13 @@ def _records(root: Path, split: str) -> list[Callable[[], KeypointPair]]:
     names = [line.strip() for line in read_text(layout).splitlines() if line.strip()]
     if not names:
         raise ValueError(f"{layout} lists no pair")
-    for name in names:
-        if ":" not in name:
-            raise ValueError(f"{layout} must list NUMBER-SOURCE-TARGET:category, got {name!r}")
     return [functools.partial(_pair, root, split, name) for name in names]
 
 
 def _pair(root: Path, split: str, name: str) -> KeypointPair:
-    stem, _, category = name.rpartition(":")
+    stem, colon, category = name.rpartition(":")
+    if not colon:
+        raise ValueError(f"{_list(root, split)} must list NUMBER-SOURCE-TARGET:category, got {name!r}")
     folder = root / "PairAnnotation" / split
     # Windows allows no colon in a file name, and some copies of the data set avoid it.
     files = [folder / f"{name}.json", folder / f"{stem}_{category}.json"]

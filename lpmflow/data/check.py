@@ -1,0 +1,190 @@
+"""What a folder of image pairs holds, and all that is wrong with it: every list, annotation and photograph is read.
+
+report = check_pairs("SPair-71k")
+print("\\n".join(report.lines()))
+"""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from lpmflow.data.masks import read_mask
+from lpmflow.data.pairs import BENCHMARKS, KeypointPair, Layout, beyond, layout, pair_records, require_inside
+
+CAP = 20
+"""Mistakes that are printed; the rest are counted."""
+
+
+@dataclass
+class SplitReport:
+    """What one split holds, the pairs that cannot be read left out."""
+
+    name: str
+    pairs: int = 0
+    points: int = 0
+    photographs: int = 0
+    categories: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass
+class Report:
+    """What a folder holds, and what is wrong with it."""
+
+    root: Path
+    title: str
+    splits: list[SplitReport] = field(default_factory=list)
+    sizes: dict[Path, tuple[int, int]] = field(default_factory=dict)
+    """(height, width) of every photograph that can be decoded."""
+    beyond: int = 0
+    """Points that lie beyond the border of their photograph, by no more than is allowed; one of every pair's each."""
+    wrong: list[str] = field(default_factory=list)
+    """One sentence each, beginning with the file and the record; each once."""
+
+    def lines(self, cap: int = CAP) -> list[str]:
+        """The report as lines of text, with `cap` mistakes at most and the number of the rest."""
+        table: list[tuple[str, ...]] = [("split", "pairs", "points", "photographs", "categories")]
+        for split in self.splits:
+            counts = (split.pairs, split.points, split.photographs, len(split.categories))
+            table.append((split.name, *(f"{count:,}" for count in counts)))
+        wide = max(len(row[0]) for row in table)
+        said = [f"{self.root}: in the layout of {self.title}"]
+        said += ["".join((row[0].ljust(wide), *(cell.rjust(13) for cell in row[1:]))) for row in table]
+        for split in self.splits:
+            if split.categories:
+                # a no-break space keeps a name and its number on one line
+                counted = ", ".join(f"{name}\xa0{count:,}" for name, count in sorted(split.categories.items()))
+                wrapped = textwrap.wrap(f"{split.name}: {counted}", 100, subsequent_indent="    ")
+                said += [line.replace("\xa0", " ") for line in wrapped]
+        if self.sizes:
+            small, large = (pick(self.sizes.values(), key=lambda size: size[0] * size[1]) for pick in (min, max))
+            said.append(
+                f"photographs: {len(self.sizes):,}, from {small[1]} x {small[0]} to {large[1]} x {large[0]} pixels"
+            )
+        if self.beyond:
+            said.append(f"points a little beyond the border of their photograph: {self.beyond:,}")
+        if not self.wrong:
+            return [*said, "nothing is wrong"]
+        said.append(f"wrong: {len(self.wrong):,}")
+        said += [f"  {' '.join(sentence.split())}" for sentence in self.wrong[:cap]]
+        if len(self.wrong) > cap:
+            said.append(f"  and {len(self.wrong) - cap:,} more")
+        return said
+
+
+def recognise(root: str | os.PathLike[str]) -> str:
+    """The name, one of `BENCHMARKS`, of the layout a folder is in.
+
+    Raises FileNotFoundError when it is in none, ValueError when it is in several.
+    """
+    found = [name for name in BENCHMARKS if layout(name).present(Path(root))]
+    if not found:
+        raise FileNotFoundError(
+            f"root must be a folder in the layout of one of {', '.join(BENCHMARKS)}, which {str(root)!r} is not"
+        )
+    if len(found) > 1:
+        raise ValueError(f"benchmark must be given, {' or '.join(found)}: {str(root)!r} is in the layout of each")
+    return found[0]
+
+
+def check_pairs(
+    root: str | os.PathLike[str],
+    benchmark: str | None = None,
+    *,
+    progress: Callable[[list[Path]], Iterable[Path]] | None = None,
+) -> Report:
+    """Read every split, annotation and photograph of a folder; `benchmark` is recognised when it is not given.
+
+    `progress` may wrap the list of photographs, as tqdm does. Raises ValueError for an unknown benchmark, and
+    FileNotFoundError or ValueError when there is no such layout; all that is wrong inside comes in the report.
+    """
+    folder = Path(root)
+    found = layout(benchmark if benchmark is not None else recognise(folder))
+    splits = found.present(folder)
+    if not splits:
+        pair_records(found, folder, found.splits[-1])
+        raise FileNotFoundError(f"root must be a folder in the layout of {found.title}, which {str(root)!r} is not")
+    report = Report(folder, found.title)
+    wrong: dict[str, None] = {}  # a set that keeps its order
+    pairs = [(split, pair) for split in splits for pair in _pairs(found, folder, split, report, wrong)]
+    photographs = list(dict.fromkeys(path for _, pair in pairs for path in (pair.source, pair.target)))
+    for path in progress(photographs) if progress else photographs:
+        try:
+            report.sizes[path] = _size(path)
+        except OSError as error:
+            wrong[str(error)] = None
+    for split, pair in pairs:
+        for sentence in _mistakes(pair, report):
+            wrong[f"{split}, {pair.name}: {sentence}"] = None
+    report.wrong = list(wrong)
+    return report
+
+
+def _pairs(found: Layout, folder: Path, split: str, report: Report, wrong: dict[str, None]) -> list[KeypointPair]:
+    """The pairs of a split that can be read; counts them, and notes why the others cannot."""
+    summary = SplitReport(split)
+    report.splits.append(summary)
+    try:
+        records = pair_records(found, folder, split)
+    except (ValueError, OSError) as error:
+        wrong[str(error)] = None
+        return []
+    pairs = []
+    for read in records:
+        try:
+            pairs.append(read())
+        except (ValueError, OSError) as error:
+            wrong[str(error)] = None
+    summary.pairs = len(pairs)
+    summary.points = sum(len(pair.source_points) for pair in pairs)
+    summary.photographs = len({path for pair in pairs for path in (pair.source, pair.target)})
+    summary.categories.update(pair.category for pair in pairs)
+    for name, count in Counter(pair.name for pair in pairs).items():
+        if count > 1:
+            wrong[f"{split}, {name}: a pair must be listed once, and is listed {count} times"] = None
+    return pairs
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """(height, width) of a photograph as `lpmflow.images` sees it; OSError naming it when it cannot be decoded."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            width, height = ImageOps.exif_transpose(opened).size
+    except Exception as error:
+        raise OSError(f"{path} must be an image file, and cannot be decoded: {error}") from error
+    return height, width
+
+
+def _mistakes(pair: KeypointPair, report: Report) -> Iterable[str]:
+    """What is wrong between a pair and its photographs."""
+    if pair.point_ids is not None and len(np.unique(pair.point_ids)) < len(pair.point_ids):
+        yield f"a point must be marked once, got points {pair.point_ids.tolist()}"
+    sides = (
+        ("source", pair.source, pair.source_points, pair.source_box, pair.source_size, pair.source_mask),
+        ("target", pair.target, pair.target_points, pair.target_box, pair.target_size, pair.target_mask),
+    )
+    for side, path, points, box, said, mask in sides:
+        size = report.sizes.get(path)
+        if size is None:
+            continue
+        if said is not None and said != size:
+            yield f"{path} must be {said[1]} x {said[0]}, the size it was marked at, got {size[1]} x {size[0]}"
+            continue
+        report.beyond += int(np.count_nonzero(beyond(points, size)))
+        try:
+            require_inside(f"{side}_points", points, size)
+            if box is not None:
+                require_inside(f"{side}_box", box.reshape(2, 2), size)
+            if mask is not None:
+                read_mask(mask, size)
+        except (ValueError, OSError) as error:
+            yield str(error)

@@ -1,0 +1,176 @@
+"""Pairs with their photographs, decoded, for a `torch.utils.data.DataLoader`.
+
+    pairs = PairDataset(load_pairs("spair", root, "trn"), size=(256, 256))
+    for batch in DataLoader(pairs, batch_size=8, shuffle=True, num_workers=2, collate_fn=collate):
+        network(normalize(batch.source / 255), normalize(batch.target / 255))
+
+Data sets show a photograph in many pairs (SPair-71k has 1,800 in 70,958), so decoded photographs are kept, as uint8 and
+at the size asked for, while memory allows. Each worker process keeps its own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
+
+from lpmflow.data.pairs import KeypointPair, require_inside
+from lpmflow.geometry import Size, pixels_to_cells
+from lpmflow.images import load_image
+
+
+class PairSample(NamedTuple):
+    """A pair as tensors."""
+
+    number: int
+    """Where the pair is in the data set: `dataset.pairs[number]`."""
+    source: Tensor
+    """(3, H, W) uint8."""
+    target: Tensor
+    source_points: Tensor
+    """(N, 2) float32, (x, y) in pixels of `source`."""
+    target_points: Tensor
+
+
+class PairBatch(NamedTuple):
+    """Samples of one size together."""
+
+    number: Tensor
+    """(B,) int64."""
+    source: Tensor
+    """(B, 3, H, W) uint8: a quarter of what float32 would take on its way from a worker, or to a GPU."""
+    target: Tensor
+    source_points: list[Tensor]
+    """B tensors (N, 2), N that of the pair."""
+    target_points: list[Tensor]
+
+
+class PairDataset(Dataset[PairSample]):
+    """The photographs and points of `pairs`, as stored or squashed to `size`, mirrored where `KeypointPair.flip`.
+
+    Photographs are squashed as `lpmflow.images.preprocess` does it, and rounded to 8 bits; points follow. Decoded
+    photographs are kept up to `cache_bytes` in each process (0 keeps none), but at most a quarter of the memory that is
+    free when the first is read, shared among the workers; the ones not used for longest go first.
+    """
+
+    def __init__(self, pairs: Sequence[KeypointPair], size: Size | None = None, *, cache_bytes: int = 1 << 30) -> None:
+        """Raises ValueError when `size` is not (height, width) of at least 1, or `cache_bytes` is below 0."""
+        if size is not None and min(size) < 1:
+            raise ValueError(f"size must be (height, width), both at least 1, got {size}")
+        if cache_bytes < 0:
+            raise ValueError(f"cache_bytes must be at least 0, got {cache_bytes}")
+        self.pairs = list(pairs)
+        self.size = size
+        self.cache_bytes = cache_bytes
+        self._cache: _Cache | None = None
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> PairSample:
+        """Raises OSError for a photograph that is missing or cannot be decoded; ValueError for one that is not of the
+        size the pair says, and for points too far outside it (`require_inside`)."""
+        pair = self.pairs[index]
+        source, source_points = self._side(pair, "source")
+        target, target_points = self._side(pair, "target")
+        return PairSample(range(len(self))[index], source, target, source_points, target_points)
+
+    def _side(self, pair: KeypointPair, side: str) -> tuple[Tensor, Tensor]:
+        path: Path = getattr(pair, side)
+        said: Size | None = getattr(pair, f"{side}_size")
+        image, original = self._photograph(path)
+        if said is not None and said != original:
+            raise ValueError(
+                f"{path} must be {said[1]} x {said[0]}, the size it was marked at, got {original[1]} x {original[0]}"
+            )
+        marked = getattr(pair, f"{side}_points")
+        if said is None:
+            require_inside(f"{pair.name}: {side}_points", marked, original)
+        points = torch.from_numpy(marked)
+        if pair.flip:
+            image = image.flip(2)
+            points = points * points.new_tensor([-1, 1]) + points.new_tensor([original[1] - 1, 0])
+        shown = (image.shape[1], image.shape[2])
+        return image, pixels_to_cells(points, original, shown).float()
+
+    def _photograph(self, path: Path) -> tuple[Tensor, Size]:
+        """(3, H, W) uint8 at the size asked for, and the size of the file's."""
+        if self._cache is None:
+            self._cache = _Cache(min(self.cache_bytes, _share_of_free_memory()))
+        found = self._cache.get(path)
+        if found is None:
+            image = load_image(path, "pairs")
+            original = (image.shape[1], image.shape[2])
+            if self.size is not None and self.size != original:
+                image = F.interpolate(image[None], self.size, mode="bilinear", align_corners=False, antialias=True)[0]
+            found = (image.mul_(255).round_().to(torch.uint8), original)
+            self._cache.put(path, found)
+        return found
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the photographs: a worker that is spawned reads its own."""
+        return {**self.__dict__, "_cache": None}
+
+
+def collate(samples: Sequence[PairSample]) -> PairBatch:
+    """Samples of one size as a batch; ValueError when their sizes differ, or there is none."""
+    if not samples:
+        raise ValueError("samples must be at least one")
+    for name in ("source", "target"):
+        sizes = {tuple(getattr(sample, name).shape[1:]) for sample in samples}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"samples must have one size to be a batch, got {name} images of {', '.join(map(str, sorted(sizes)))}: "
+                f"give PairDataset a size, or take one pair at a time"
+            )
+    return PairBatch(
+        torch.tensor([sample.number for sample in samples]),
+        torch.stack([sample.source for sample in samples]),
+        torch.stack([sample.target for sample in samples]),
+        [sample.source_points for sample in samples],
+        [sample.target_points for sample in samples],
+    )
+
+
+class _Cache:
+    """Photographs by path, up to a number of bytes; the ones not used for longest go first."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.bytes = limit, 0
+        self._kept: OrderedDict[Path, tuple[Tensor, Size]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, path: Path) -> tuple[Tensor, Size] | None:
+        if path not in self._kept:
+            return None
+        self._kept.move_to_end(path)
+        return self._kept[path]
+
+    def put(self, path: Path, photograph: tuple[Tensor, Size]) -> None:
+        new = photograph[0].nbytes
+        if new > self.limit:
+            return
+        while self.bytes + new > self.limit:
+            _, (oldest, _) = self._kept.popitem(last=False)
+            self.bytes -= oldest.nbytes
+        self._kept[path] = photograph
+        self.bytes += new
+
+
+def _share_of_free_memory() -> int:
+    """A quarter of the memory that is free, divided by the number of workers; no bound where the system cannot say."""
+    worker = get_worker_info()
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 1 << 62
+    return free // 4 // (worker.num_workers if worker is not None else 1)
