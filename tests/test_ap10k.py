@@ -284,7 +284,7 @@ def test_prepared_pairs_are_read_as_they_are(tmp_path: Path, split: str, colon: 
 
 def test_prepared_pairs_of_another_kind(tmp_path: Path) -> None:
     folder = prepare(tmp_path, "test", "000000000011-000000000013:all")
-    with pytest.raises(FileNotFoundError, match=r"000000000011-000000000013:all\.json: there is no image .*13\.json$"):
+    with pytest.raises(FileNotFoundError, match=r"000000000011-000000000013:all\.json: there is no file .*13\.json$"):
         load_pairs("ap-10k", tmp_path, "test")
     (file,) = folder.iterdir()
     file.write_text("{}")

@@ -76,4 +76,4 @@ def test_no_image(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as refused:
         load_pairs("caltech-101", tmp_path, "test")
     wanted = tmp_path / "101_ObjectCategories" / "ant" / "image_0007.jpg"
-    assert str(refused.value) == f"{file}, line 2: there is no image {wanted}"
+    assert str(refused.value) == f"{file}, line 2: there is no file {wanted}"

@@ -144,6 +144,36 @@ def test_points_of_a_set_that_does_not_say_sizes(tmp_path: Path) -> None:
     )
 
 
+def test_annotations_that_several_splits_share_are_wrong_once(tmp_path: Path) -> None:
+    """AP-10K's three lists are read for each of its seven splits."""
+    from test_ap10k import Set
+
+    made = Set(tmp_path)
+    for number in (1, 2):
+        made.add(number, 1)
+        picture(tmp_path / "data" / f"{number:012d}.jpg", 400, 300)
+    made.add(3, 1, bbox=[1, 2])
+    made.add(4, 1, into="val", keypoints=[])
+    report = check_pairs(made.write())
+    assert report.title == "AP-10K" and [split.pairs for split in report.splits] == [0, 0, 1, 0, 0, 0, 0]
+    assert [sentence.rpartition(", ann")[2].partition(" must")[0] for sentence in report.wrong] == [
+        "otation 1003: bbox",
+        "otation 1004: keypoints",
+    ]
+
+
+def test_every_line_of_a_list_is_read(tmp_path: Path) -> None:
+    from test_pf_pascal import ROW, make
+
+    make(tmp_path, ROW, ROW.replace(",8", ",0"), ROW.replace("b.jpg", "c.jpg"), ROW.replace(",8", ""))
+    for name in ("a.jpg", "b.jpg"):
+        picture(tmp_path / "JPEGImages" / name, 80, 90)
+    report = check_pairs(tmp_path)
+    assert report.title == "PF-PASCAL" and report.splits[0].pairs == 1
+    lines = [sentence.partition(", line ")[2].split(":")[0] for sentence in report.wrong]
+    assert lines == ["3", "4", "5"]
+
+
 @pytest.mark.parametrize("name", ["", "absent"])
 def test_no_layout(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["data", "check", str(tmp_path / name)]) == 1

@@ -106,7 +106,7 @@ def test_a_photograph_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "a.png").touch()  # its folder always counts
     with pytest.raises(FileNotFoundError) as refused:
         find_file(tmp_path, "PF/car(G)/a.png", "here")
-    assert str(refused.value) == f"here: there is no image {tmp_path / 'PF' / 'car(G)' / 'a.png'}"
+    assert str(refused.value) == f"here: there is no file {tmp_path / 'PF' / 'car(G)' / 'a.png'}"
 
 
 @pytest.mark.parametrize("name", ["../a.png", "car/../../a.png", "/etc/a.png", ""])

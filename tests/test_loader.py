@@ -120,6 +120,17 @@ def test_photographs_are_decoded_once(
     assert torch.equal(first[0].source.flip(2), first[1].source)
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_what_is_given_away_may_be_changed(pair: KeypointPair, flip: bool) -> None:
+    pairs = PairDataset([changed(pair, flip=flip)])
+    first = pairs[0]
+    kept = first.source.clone()
+    first.source.zero_()
+    first.source_points.zero_()
+    assert torch.equal(pairs[0].source, kept) and pairs[0].source_points.abs().max() > 0
+    assert pair.source_points.tolist() == SOURCE.tolist()
+
+
 def test_nothing_is_kept_where_nothing_may_be(pair: KeypointPair, monkeypatch: pytest.MonkeyPatch) -> None:
     read = count_reads(monkeypatch)
     pairs = PairDataset([pair], cache_bytes=0)
@@ -146,9 +157,13 @@ def test_memory_bounds_what_is_kept(pair: KeypointPair, monkeypatch: pytest.Monk
     assert sorted(read) == [pair.source, pair.source, pair.target, pair.target]  # 10 x 40 takes the place of 20 x 30
 
 
-def test_a_quarter_of_the_free_memory() -> None:
-    share = loader._share_of_free_memory()
-    assert 0 < share < 1 << 62
+def test_a_quarter_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0 < loader._free_memory() <= 1 << 62
+    monkeypatch.setattr(loader, "_free_memory", lambda: 4000)
+    assert loader._share_of_free_memory() == 1000
+    workers = type("Info", (), {"num_workers": 5})
+    monkeypatch.setattr(loader, "get_worker_info", lambda: workers)
+    assert loader._share_of_free_memory() == 200
 
 
 @pytest.mark.parametrize("workers", [0, 2])

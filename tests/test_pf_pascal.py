@@ -132,7 +132,7 @@ def test_no_annotation_and_no_image(tmp_path: Path) -> None:
     image.unlink()
     with pytest.raises(FileNotFoundError) as refused:
         load_pairs("pf-pascal", tmp_path, "test")
-    assert str(refused.value) == f"{file}, line 2: there is no image {image}"
+    assert str(refused.value) == f"{file}, line 2: there is no file {image}"
 
 
 @pytest.mark.parametrize(

@@ -111,4 +111,4 @@ def find_file(root: Path, name: str, what: str) -> Path:
         found = root.joinpath(*parts[first:])
         if found.is_file():
             return found
-    raise FileNotFoundError(f"{what}: there is no image {root.joinpath(*parts)}")
+    raise FileNotFoundError(f"{what}: there is no file {root.joinpath(*parts)}")

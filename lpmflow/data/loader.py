@@ -1,16 +1,18 @@
 """Pairs with their photographs, decoded, for a `torch.utils.data.DataLoader`.
 
     pairs = PairDataset(load_pairs("spair", root, "trn"), size=(256, 256))
-    for batch in DataLoader(pairs, batch_size=8, shuffle=True, num_workers=2, collate_fn=collate):
+    batches = DataLoader(pairs, 8, shuffle=True, num_workers=2, persistent_workers=True, collate_fn=collate)
+    for batch in batches:
         network(normalize(batch.source / 255), normalize(batch.target / 255))
 
 Data sets show a photograph in many pairs (SPair-71k has 1,800 in 70,958), so decoded photographs are kept, as uint8 and
-at the size asked for, while memory allows. Each worker process keeps its own.
+at the size asked for, while memory allows. Each worker process keeps its own, hence `persistent_workers`: without it
+they are gone after every epoch.
 """
 
 from __future__ import annotations
 
-import os
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -97,6 +99,8 @@ class PairDataset(Dataset[PairSample]):
         if pair.flip:
             image = image.flip(2)
             points = points * points.new_tensor([-1, 1]) + points.new_tensor([original[1] - 1, 0])
+        else:
+            image = image.clone()  # what is kept must not change with what is given away
         shown = (image.shape[1], image.shape[2])
         return image, pixels_to_cells(points, original, shown).float()
 
@@ -167,10 +171,13 @@ class _Cache:
 
 
 def _share_of_free_memory() -> int:
-    """A quarter of the memory that is free, divided by the number of workers; no bound where the system cannot say."""
+    """A quarter of the memory that is free, divided by the number of workers."""
     worker = get_worker_info()
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return 1 << 62
-    return free // 4 // (worker.num_workers if worker is not None else 1)
+    return _free_memory() // 4 // (worker.num_workers if worker is not None else 1)
+
+
+def _free_memory() -> int:
+    """Bytes that programs can still have, those that only hold copies of files included; no bound off Linux."""
+    meminfo = Path("/proc/meminfo")
+    found = re.search(r"^MemAvailable:\s*(\d+) kB", meminfo.read_text(), re.MULTILINE) if meminfo.exists() else None
+    return 1024 * int(found[1]) if found is not None else 1 << 62
