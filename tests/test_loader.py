@@ -166,11 +166,14 @@ def test_a_quarter_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert loader._share_of_free_memory() == 200
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_through_a_data_loader(pair: KeypointPair, workers: int) -> None:
     pairs = PairDataset([pair, changed(pair, source_points=SOURCE[:1], target_points=TARGET[:1]), pair], (16, 24))
     expected = [pairs[index] for index in range(3)]
-    batches = list(DataLoader(pairs, batch_size=2, num_workers=workers, collate_fn=collate))
+    # a process with threads that forks is warned by newer Pythons; where workers are spawned, all must be picklable
+    context = "spawn" if workers else None
+    loaded = DataLoader(pairs, 2, num_workers=workers, multiprocessing_context=context, collate_fn=collate)
+    batches = list(loaded)
     assert [batch.number.tolist() for batch in batches] == [[0, 1], [2]]
     assert batches[0].source.shape == (2, 3, 16, 24) and batches[0].source.dtype == torch.uint8
     assert [len(points) for points in batches[0].target_points] == [3, 1]
