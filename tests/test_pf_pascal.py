@@ -155,7 +155,9 @@ def test_an_annotation_of_another_kind(tmp_path: Path, points: Any, box: Any, me
 def test_an_annotation_that_is_no_matlab_file(tmp_path: Path) -> None:
     make(tmp_path, ROW)
     (tmp_path / "Annotations" / "cat" / "a.mat").write_bytes(b"version https://git-lfs")
-    with pytest.raises(ValueError, match=r"a\.mat cannot be read as a MATLAB file of version 5: its header is another"):
+    with pytest.raises(
+        ValueError, match=r"a\.mat cannot be read as a MATLAB file of version 5: its header is that of something else"
+    ):
         load_pairs("pf-pascal", tmp_path, "test")
 
 

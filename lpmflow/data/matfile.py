@@ -55,7 +55,7 @@ def _byte_order(data: bytes) -> str:
         raise ValueError("it is of version 7.3; save it again with -v7")
     order = {b"IM": "<", b"MI": ">"}.get(data[126:128])
     if order is None or struct.unpack(order + "H", data[124:126])[0] != 0x0100:
-        raise ValueError("its header is another")
+        raise ValueError("its header is that of something else")
     return order
 
 
