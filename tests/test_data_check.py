@@ -87,7 +87,7 @@ def test_all_that_is_wrong_is_said(tmp_path: Path, capsys: pytest.CaptureFixture
     assert errors == "" and wrong[0] == "8" == str(len(wrong) - 1)
     expected = [
         f"{tmp_path / 'Layout' / 'large' / 'trn.txt'} lists no pair",
-        f"{broken}: Expecting property name",
+        f"{broken} must be JSON: Expecting property name",
         f"{missing}: there is no image {images / 'cat' / 'c.png'}",
         "val, 000006-a-b:dog: a pair must be listed once, and is listed 2 times",
         f"{images / 'dog' / 'a.png'} must be an image file, and cannot be decoded: ",
@@ -107,6 +107,16 @@ def test_the_rest_is_counted(tmp_path: Path) -> None:
     lines = report.lines()
     assert lines[-1] == "  and 7 more" and len(lines) == lines.index("wrong: 27") + 22
     assert report.lines(cap=27)[-1].startswith("  val, 000026")
+
+
+def test_a_missing_photograph_is_told_once(tmp_path: Path) -> None:
+    for number in range(5):
+        spair(tmp_path, "val", "cat", number=number)
+    spair(tmp_path, "val", "cat", number=5, src_imname="b.png")
+    image = tmp_path / "JPEGImages" / "cat" / "a.png"
+    image.unlink()
+    first = tmp_path / "PairAnnotation" / "val" / "000000-a-b_cat.json"
+    assert check_pairs(tmp_path).wrong == [f"{first}: there is no image {image} (and 4 more want it)"]
 
 
 def test_a_photograph_stored_on_its_side(tmp_path: Path) -> None:

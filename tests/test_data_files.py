@@ -56,6 +56,13 @@ def test_fields_of_a_row(tmp_path: Path) -> None:
             row.numbers(fields, "points")
 
 
+@pytest.mark.parametrize(("content", "kind"), [("[]", "list"), ("null", "NoneType"), ("3.5", "float")])
+def test_json_of_another_kind(tmp_path: Path, content: str, kind: str) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"a\.json must hold a JSON object, got {kind}$"):
+        read_json(tmp_path / "a.json")
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"nul"])
 def test_no_json(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "a.json"

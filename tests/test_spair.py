@@ -179,7 +179,7 @@ def test_a_field_of_another_kind(tmp_path: Path, field: str, value: Any, message
 def test_an_annotation_of_another_kind(tmp_path: Path, content: bytes) -> None:
     annotation = make(tmp_path)
     annotation.write_bytes(content)
-    assert refusal(tmp_path).startswith(f"{annotation}: ")
+    assert refusal(tmp_path).startswith(f"{annotation} must ")
 
 
 @pytest.mark.parametrize(("split", "count"), [("val", 219), ("test", 390), ("trn", 180)])

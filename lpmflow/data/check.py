@@ -45,7 +45,7 @@ class Report:
     beyond: int = 0
     """Points that lie beyond the border of their photograph, by no more than is allowed; one of every pair's each."""
     wrong: list[str] = field(default_factory=list)
-    """One sentence each, beginning with the file and the record; each once."""
+    """One sentence each, beginning with the file and the record; a missing file is told once, with how many want it."""
 
     def lines(self, cap: int = CAP) -> list[str]:
         """The report as lines of text, with `cap` mistakes at most and the number of the rest."""
@@ -111,43 +111,65 @@ def check_pairs(
         pair_records(found, folder, found.splits[-1])
         raise FileNotFoundError(f"root must be a folder in the layout of {found.title}, which {str(root)!r} is not")
     report = Report(folder, found.title)
-    wrong: dict[str, None] = {}  # a set that keeps its order
+    wrong = _Mistakes()
     pairs = [(split, pair) for split in splits for pair in _pairs(found, folder, split, report, wrong)]
     photographs = list(dict.fromkeys(path for _, pair in pairs for path in (pair.source, pair.target)))
     for path in progress(photographs) if progress else photographs:
         try:
             report.sizes[path] = _size(path)
         except OSError as error:
-            wrong[str(error)] = None
+            wrong.add(error)
     for split, pair in pairs:
         for sentence in _mistakes(pair, report):
-            wrong[f"{split}, {pair.name}: {sentence}"] = None
-    report.wrong = list(wrong)
+            wrong.add(f"{split}, {pair.name}: {sentence}")
+    report.wrong = wrong.sentences()
     return report
 
 
-def _pairs(found: Layout, folder: Path, split: str, report: Report, wrong: dict[str, None]) -> list[KeypointPair]:
+class _Mistakes:
+    """Sentences in their order, each once; records that want the same missing file are one."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, str] = {}
+        self._records: dict[str, set[str]] = {}
+
+    def add(self, mistake: object) -> None:
+        sentence = str(mistake)
+        _, missing, file = sentence.rpartition(": there is no ")
+        cause = file if missing else sentence
+        self._first.setdefault(cause, sentence)
+        self._records.setdefault(cause, set()).add(sentence)
+
+    def sentences(self) -> list[str]:
+        said = []
+        for cause, sentence in self._first.items():
+            others = len(self._records[cause]) - 1
+            said.append(f"{sentence} (and {others} more want it)" if others else sentence)
+        return said
+
+
+def _pairs(found: Layout, folder: Path, split: str, report: Report, wrong: _Mistakes) -> list[KeypointPair]:
     """The pairs of a split that can be read; counts them, and notes why the others cannot."""
     summary = SplitReport(split)
     report.splits.append(summary)
     try:
         records = pair_records(found, folder, split)
     except (ValueError, OSError) as error:
-        wrong[str(error)] = None
+        wrong.add(error)
         return []
     pairs = []
     for read in records:
         try:
             pairs.append(read())
         except (ValueError, OSError) as error:
-            wrong[str(error)] = None
+            wrong.add(error)
     summary.pairs = len(pairs)
     summary.points = sum(len(pair.source_points) for pair in pairs)
     summary.photographs = len({path for pair in pairs for path in (pair.source, pair.target)})
     summary.categories.update(pair.category for pair in pairs)
     for name, count in Counter(pair.name for pair in pairs).items():
         if count > 1:
-            wrong[f"{split}, {name}: a pair must be listed once, and is listed {count} times"] = None
+            wrong.add(f"{split}, {name}: a pair must be listed once, and is listed {count} times")
     return pairs
 
 

@@ -35,12 +35,15 @@ def read_text(file: Path) -> str:
         raise ValueError(f"{file} must be text: {error}") from error
 
 
-def read_json(file: Path) -> Any:
-    """What a JSON file holds; ValueError when it is none."""
+def read_json(file: Path) -> dict[str, Any]:
+    """The fields of the object that a JSON file holds; ValueError when it holds none."""
     try:
-        return json.loads(read_text(file))
+        found = json.loads(read_text(file))
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} must be JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} must hold a JSON object, got {type(found).__name__}")
+    return found
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ A folder whose difficulties are not known may say so with `"variation_flags_know
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lpmflow.data.files import naming, read_text
+from lpmflow.data.files import naming, read_json, read_text
 from lpmflow.data.pairs import KeypointPair, Layout, load_pairs
 
 _DIFFICULTY = {
@@ -69,8 +68,8 @@ def _pair(root: Path, split: str, name: str) -> KeypointPair:
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         raise FileNotFoundError(f"pair {name!r} of split {split!r} has no annotation {files[0]}")
+    fields = read_json(file)
     with naming(file):
-        fields = json.loads(read_text(file))
         points = [_array(fields, key, (-1, 2)) for key in ("src_kps", "trg_kps")]
         boxes = [_box(fields, key) for key in ("src_bndbox", "trg_bndbox")]
         sizes = [_size(fields, key) for key in ("src_imsize", "trg_imsize")]
