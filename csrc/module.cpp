@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <vector>
 
 #include "correlation/correlation.h"
 #include "cpu/kernels.h"
@@ -61,6 +62,52 @@ int correlation_backward(const py::tuple& sizes, int64_t prefix, double scale, i
                                reinterpret_cast<void*>(grad_v)};
   py::gil_scoped_release released;
   return kernels().correlation_backward(op);
+}
+
+// scales: a list of (corr, batch stride, row stride, hs, ws, ht, wt, grad); the result points into `kept`.
+CrossScaleFusion fusion(std::vector<FusionScale>& kept, const py::list& scales, const py::tuple& sizes,
+                        double temperature, int dtype, int threads, Address x, Address y, Address mapping,
+                        Address confidence, Address largest) {
+  for (const py::handle& item : scales) {
+    const py::tuple s = py::cast<py::tuple>(item);
+    kept.push_back({reinterpret_cast<const void*>(s[0].cast<Address>()), s[1].cast<int64_t>(), s[2].cast<int64_t>(),
+                    s[3].cast<int64_t>(), s[4].cast<int64_t>(), s[5].cast<int64_t>(), s[6].cast<int64_t>(),
+                    reinterpret_cast<void*>(s[7].cast<Address>())});
+  }
+  return {kept.data(),
+          int64_t(kept.size()),
+          sizes[0].cast<int64_t>(),
+          sizes[1].cast<int64_t>(),
+          sizes[2].cast<int64_t>(),
+          temperature,
+          static_cast<Dtype>(dtype),
+          threads,
+          reinterpret_cast<const void*>(x),
+          reinterpret_cast<const void*>(y),
+          reinterpret_cast<void*>(mapping),
+          reinterpret_cast<void*>(confidence),
+          reinterpret_cast<void*>(largest)};
+}
+
+int cross_scale_fusion_forward(const py::list& scales, const py::tuple& sizes, double temperature, int dtype,
+                               int threads, Address x, Address y, Address mapping, Address confidence,
+                               Address largest) {
+  std::vector<FusionScale> kept;
+  const CrossScaleFusion op =
+      fusion(kept, scales, sizes, temperature, dtype, threads, x, y, mapping, confidence, largest);
+  py::gil_scoped_release released;
+  return kernels().cross_scale_fusion_forward(op);
+}
+
+int cross_scale_fusion_backward(const py::list& scales, const py::tuple& sizes, double temperature, int dtype,
+                                int threads, Address x, Address y, Address mapping, Address confidence,
+                                Address largest, Address grad_mapping, Address grad_x, Address grad_y) {
+  std::vector<FusionScale> kept;
+  const CrossScaleFusionBackward op{
+      fusion(kept, scales, sizes, temperature, dtype, threads, x, y, mapping, confidence, largest),
+      reinterpret_cast<const void*>(grad_mapping), reinterpret_cast<void*>(grad_x), reinterpret_cast<void*>(grad_y)};
+  py::gil_scoped_release released;
+  return kernels().cross_scale_fusion_backward(op);
 }
 
 #if !defined(LPMFLOW_NO_CUDA)
@@ -130,6 +177,8 @@ PYBIND11_MODULE(_native, m) {
 #endif
   m.def("correlation_forward", &correlation_forward);
   m.def("correlation_backward", &correlation_backward);
+  m.def("cross_scale_fusion_forward", &cross_scale_fusion_forward);
+  m.def("cross_scale_fusion_backward", &cross_scale_fusion_backward);
 #if !defined(LPMFLOW_NO_CUDA)
   m.def("correlation_forward_cuda", &correlation_forward_on_cuda);
 #endif

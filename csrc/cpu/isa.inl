@@ -1,12 +1,15 @@
 // Body of one instruction set's translation unit: its CPU kernels, under names that kernels.cpp declares. Nothing here
 // may run before it is known that the machine has the instructions, so there are no objects to initialise.
 #include "../correlation/correlation_cpu.h"
+#include "../cross_scale_fusion/cross_scale_fusion_cpu.h"
 
 namespace lpmflow {
 namespace LPMFLOW_ISA {
 
 int run_correlation_forward(const CorrelationForward& op) { return correlation_forward(op); }
 int run_correlation_backward(const CorrelationBackward& op) { return correlation_backward(op); }
+int run_cross_scale_fusion_forward(const CrossScaleFusion& op) { return cross_scale_fusion_forward(op); }
+int run_cross_scale_fusion_backward(const CrossScaleFusionBackward& op) { return cross_scale_fusion_backward(op); }
 
 }  // namespace LPMFLOW_ISA
 }  // namespace lpmflow

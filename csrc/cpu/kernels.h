@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../correlation/correlation.h"
+#include "../cross_scale_fusion/cross_scale_fusion.h"
 
 namespace lpmflow {
 
@@ -10,6 +11,8 @@ struct CpuKernels {
   bool (*supported)();  // by the machine we run on
   int (*correlation_forward)(const CorrelationForward&);
   int (*correlation_backward)(const CorrelationBackward&);
+  int (*cross_scale_fusion_forward)(const CrossScaleFusion&);
+  int (*cross_scale_fusion_backward)(const CrossScaleFusionBackward&);
 };
 
 // Best first, ended by an entry whose isa is null.

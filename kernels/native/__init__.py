@@ -63,6 +63,29 @@ cuda_reason = _why_no_cuda()
 """Why the native module has no CUDA kernels, None when it has."""
 
 
+def loaded(op: str) -> Any:
+    """The module; RuntimeError where it is missing and somebody called the operator himself."""
+    if module is None:
+        raise RuntimeError(f"{op}: backend 'native' cannot run: {reason}")
+    return module
+
+
+def why_not_dtype(dtype: torch.dtype) -> str | None:
+    """None when the CPU kernels take this type, else the reason in one sentence."""
+    if dtype == torch.float16 and module is not None and not module.float16:
+        return "the compiler it was built with had no 16-bit floating-point type"
+    return None
+
+
+def why_not_on_cpu(name: str, x: Tensor) -> str | None:
+    """None when the kernels of an operation that has CPU ones only can compute with `x`, else the reason."""
+    if module is None:
+        return reason
+    if x.device.type != "cpu":
+        return f"it runs on the CPU, and {name} is on {x.device.type}"
+    return why_not_dtype(x.dtype)
+
+
 def dense_rows(x: Tensor) -> Tensor:
     """`x` with a dense last dimension: itself where that is so, else a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()

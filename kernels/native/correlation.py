@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from lpmflow_kernels import native
-from lpmflow_kernels.native import DTYPES, check, check_cuda, dense_rows
+from lpmflow_kernels.native import DTYPES, check, check_cuda, dense_rows, loaded
+from lpmflow_kernels.native._register import Operator, register
 
 OP = "correlation"
 MAX_WIDTH = 256
-_FLOAT16: bool = native.module is not None and native.module.float16
 
 
 def why_not(device_type: str, dtype: torch.dtype, width: int) -> str | None:
@@ -32,9 +32,7 @@ def why_not(device_type: str, dtype: torch.dtype, width: int) -> str | None:
         return "it takes float32, float16 and bfloat16 on CUDA devices, and q is float64"
     if width > MAX_WIDTH:
         return f"it takes head widths D up to {MAX_WIDTH}, got {width}"
-    if dtype == torch.float16 and not _FLOAT16:
-        return "the compiler it was built with had no 16-bit floating-point type"
-    return None
+    return native.why_not_dtype(dtype)
 
 
 def correlation(q: Tensor, k: Tensor, v: Tensor, *, scale: float, prefix: int) -> tuple[Tensor, Tensor]:
@@ -48,7 +46,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, prefix: int) -> tupl
     if attended.numel() == 0:
         return attended, corr.zero_(), lse
     q, k, v = (dense_rows(x) for x in (q, k, v))
-    status = _native().correlation_forward(
+    status = loaded(OP).correlation_forward(
         *_shape(q, k, scale, prefix), *_rows(q), *_rows(k), *_rows(v), attended.data_ptr(), corr.data_ptr()
     )
     check(OP, status)
@@ -61,7 +59,7 @@ def _forward_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float, prefix: int) ->
         return attended, corr.zero_(), lse
     # Copies live until the launch is enqueued; the allocator keeps their memory for this stream.
     q, k, v = (dense_rows(x) for x in (q, k, v))
-    status = _native().correlation_forward_cuda(
+    status = loaded(OP).correlation_forward_cuda(
         *_shape(q, k, scale, prefix)[:-1],
         q.device.index,
         torch.cuda.current_stream(q.device).cuda_stream,
@@ -93,7 +91,7 @@ def _backward(
     # Held here until the call is over: what is not dense is copied.
     attended = None if grad_attended is None else dense_rows(grad_attended)
     corr = None if grad_corr is None else dense_rows(grad_corr)
-    status = _native().correlation_backward(
+    status = loaded(OP).correlation_backward(
         *_shape(q, k, scale, prefix),
         *_rows(q),
         *_rows(k),
@@ -110,12 +108,6 @@ def _grads(
     grad_attended: Tensor | None, grad_corr: Tensor | None, q: Tensor, k: Tensor, v: Tensor, scale: float, prefix: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _native() -> Any:
-    if native.module is None:
-        raise RuntimeError(f"{OP}: backend 'native' cannot run: {native.reason}")
-    return native.module
 
 
 def _shape(q: Tensor, k: Tensor, scale: float, prefix: int) -> tuple[Any, ...]:
@@ -155,41 +147,15 @@ def _row_stats(lse: Tensor, scale: float) -> Tensor:
     return torch.stack((lse / abs(scale), torch.ones_like(lse)))
 
 
-def _refuse_second_order(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    raise RuntimeError(
-        f"{OP}: the native backend has no second derivative; use backend='reference' where the gradient is "
-        f"differentiated again"
-    )
-
-
-def _refuse_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    raise RuntimeError(
-        f"{OP}: torch.func.vmap is not supported; the op has a batch dimension, B, of its own (backend='reference' "
-        f"supports vmap)"
-    )
-
-
-def _register() -> None:
-    """Forward and backward as operators, each with a fake for tracing; the forward knows its gradient."""
-    arguments = "Tensor q, Tensor k, Tensor v, float scale, SymInt prefix"
-    for name, schema, run, fake in (
-        ("correlation_native", f"({arguments}) -> (Tensor, Tensor, Tensor)", _forward, _outputs),
-        (
-            "correlation_native_backward",
-            f"(Tensor? grad_attended, Tensor? grad_corr, {arguments}) -> (Tensor, Tensor, Tensor)",
-            _backward,
-            _grads,
-        ),
-    ):
-        qualified = f"lpmflow::{name}"
-        torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
-        torch.library.impl(qualified, "CPU")(run)
-        torch.library.register_fake(qualified)(fake)
-        if hasattr(torch.library, "register_vmap"):  # PyTorch 2.5; before, vmap has a refusal of its own
-            torch.library.register_vmap(qualified)(_refuse_vmap)
-    torch.library.impl("lpmflow::correlation_native", "CUDA")(_forward_cuda)
-    torch.library.register_autograd("lpmflow::correlation_native", _differentiate, setup_context=_save)
-    torch.library.register_autograd("lpmflow::correlation_native_backward", _refuse_second_order)
-
-
-_register()
+_ARGUMENTS = "Tensor q, Tensor k, Tensor v, float scale, SymInt prefix"
+register(
+    OP,
+    Operator(f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", {"CPU": _forward, "CUDA": _forward_cuda}, _outputs),
+    Operator(
+        f"(Tensor? grad_attended, Tensor? grad_corr, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+        {"CPU": _backward},
+        _grads,
+    ),
+    save=_save,
+    differentiate=_differentiate,
+)

@@ -18,12 +18,15 @@ BACKENDS = ("reference", "native", "triton")
 OPS = ("correlation", "cross_scale_fusion", "window_refinement", "region_attention")
 
 # Backend -> the ops it has.
-KERNELS = {"native": ("correlation",), "triton": ("correlation",)}
+KERNELS = {"native": ("correlation", "cross_scale_fusion"), "triton": ("correlation",)}
 
 # The automatic choice: (op, device type) -> the backends worth trying, best first. Measured by `pytest benchmarks/`;
 # the reference is always the last. A CUDA kernel enters only with a record of its tests on real hardware, which
 # kernels/README.md lists; until then it can be asked for by name.
-FASTEST: dict[tuple[str, str], tuple[str, ...]] = {("correlation", "cpu"): ("native",)}
+FASTEST: dict[tuple[str, str], tuple[str, ...]] = {
+    ("correlation", "cpu"): ("native",),
+    ("cross_scale_fusion", "cpu"): ("native",),
+}
 
 _MODULES = {"native": "lpmflow_kernels.native", "triton": "lpmflow_kernels"}
 _named: ContextVar[dict[str, str | None] | None] = ContextVar("lpmflow_backend", default=None)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from lpmflow import reference
 from lpmflow.ops._autocast import without_autocast
+from lpmflow.ops._autodiff import NO_TANGENT, has_tangent, needs_gradient
 from lpmflow.ops._backends import choose, why_not
 from lpmflow.ops._checks import check_count, check_like, check_shape, check_tensor
 
@@ -65,13 +64,13 @@ def correlation(
 def _why_not(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """None when an installed backend can compute with tensors like these, else the reason in one sentence."""
     reason: str | None = None
-    if backend != "reference" and _has_tangent(q, k, v):
-        return "it has no forward-mode derivative, which the reference has"
+    if backend != "reference" and has_tangent(q, k, v):
+        return NO_TANGENT
     if backend == "native":
         from lpmflow_kernels.native import correlation as native
 
         reason = native.why_not(q.device.type, q.dtype, q.shape[-1])
-        if reason is None and q.device.type == "cuda" and _needs_gradient(q, k, v):
+        if reason is None and q.device.type == "cuda" and needs_gradient(q, k, v):
             reason = why_not(OP, "triton")
             if reason is not None:
                 reason = f"it has no backward on CUDA devices and triton's, which would do it, is missing: {reason}"
@@ -80,14 +79,3 @@ def _why_not(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
         reason = triton.why_not(q)
     return reason
-
-
-def _has_tangent(*tensors: Tensor) -> bool:
-    """Whether a tensor carries a forward-mode derivative (torch.func.jvp, dual tensors), which kernels would drop."""
-    if forward_ad._current_level < 0:
-        return False
-    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
-
-
-def _needs_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

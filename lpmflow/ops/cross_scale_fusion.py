@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lpmflow import reference
 from lpmflow.ops._autocast import without_autocast
+from lpmflow.ops._autodiff import NO_TANGENT, has_tangent
 from lpmflow.ops._backends import choose
 from lpmflow.ops._checks import check_grid, check_like, check_shape, check_tensor
 
@@ -54,6 +55,10 @@ def cross_scale_fusion(
     Returns:
         mapping (B, S, 2, h, w), channel 0 = x, float32 (float64 for float64); `FusedFlow` with `return_confidence`.
 
+    The mapping is differentiable in the correlations and in x and y; the confidence is not differentiable. The backends
+    other than "reference" have first derivatives only, backward-mode, and no `torch.func.vmap`, as in `correlation`,
+    and never hold the interpolated (h w) x (h w) volume.
+
     Raises TypeError or ValueError naming the argument, RuntimeError when the named backend cannot run.
     """
     if not isinstance(corrs, (tuple, list)) or not corrs:
@@ -78,12 +83,38 @@ def cross_scale_fusion(
         raise ValueError(f"{OP}: temperature must be a number above 0, got {temperature!r}")
     table_x = _table("x", x, out[1], corrs[0])
     table_y = _table("y", y, out[0], corrs[0])
-    choose(OP, backend, corrs[0].device.type, lambda name: None)
+    tensors = (*corrs, table_x, table_y)
+    chosen = choose(OP, backend, corrs[0].device.type, lambda name: _why_not(name, corrs[0], tensors))
+    run = reference.cross_scale_fusion
+    if chosen == "native":
+        from lpmflow_kernels.native import cross_scale_fusion as native
+
+        run = native.cross_scale_fusion
+    elif chosen == "triton":
+        from lpmflow_kernels import cross_scale_fusion as triton
+
+        run = triton.cross_scale_fusion
     with without_autocast(corrs[0].device):
-        mapping, confidence = reference.cross_scale_fusion(
-            corrs, grids[0], grids[1], out_grid=out, temperature=temperature, x=table_x, y=table_y
+        mapping, confidence = run(
+            corrs, grids[0], grids[1], out_grid=out, temperature=float(temperature), x=table_x, y=table_y
         )
     return FusedFlow(mapping, confidence) if return_confidence else mapping
+
+
+def _why_not(backend: str, corr: Tensor, tensors: tuple[Tensor, ...]) -> str | None:
+    """None when an installed backend can compute with tensors like these, else the reason in one sentence."""
+    if backend != "reference" and has_tangent(*tensors):
+        return NO_TANGENT
+    reason: str | None = None
+    if backend == "native":
+        from lpmflow_kernels.native import cross_scale_fusion as native
+
+        reason = native.why_not(corr)
+    elif backend == "triton":
+        from lpmflow_kernels import cross_scale_fusion as triton
+
+        reason = triton.why_not(corr)
+    return reason
 
 
 def _table(name: str, table: Tensor | None, length: int, like: Tensor) -> Tensor:

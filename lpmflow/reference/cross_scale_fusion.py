@@ -24,7 +24,8 @@ def cross_scale_fusion(
     """Expected target coordinate of each output source cell, and how concentrated its distribution is.
 
     corrs: S tensors (B, hs ws, ht wt); x (w), y (h) tables -> mapping (B, S, 2, h, w) with channel 0 = x,
-    confidence (B, S, h, w) = the largest probability. Half precision inputs are computed in float32.
+    confidence (B, S, h, w) = the largest probability, without a gradient. Half precision is
+    computed in float32.
     """
     mappings, confidences = [], []
     for corr, source_grid, target_grid in zip(corrs, source_grids, target_grids, strict=True):
@@ -35,7 +36,7 @@ def cross_scale_fusion(
         expected_x = torch.einsum("brcij,j->brc", by_cell, x.to(dtype))
         expected_y = torch.einsum("brcij,i->brc", by_cell, y.to(dtype))
         mappings.append(torch.stack((expected_x, expected_y), dim=1))
-        confidences.append(probabilities.amax(dim=-1))
+        confidences.append(probabilities.detach().amax(dim=-1))
     return torch.stack(mappings, dim=1), torch.stack(confidences, dim=1)
 
 

@@ -1,0 +1,47 @@
+// cross_scale_fusion: S correlation tensors to expected target coordinates on one grid. The CPU contract.
+//
+//   u[b, s, c, j] = corr_s interpolated bilinearly (align_corners) at output source cell c and output target cell j
+//   p[b, s, c, j] = exp(u / temperature) / sum over j' of the same
+//   mapping[b, s, 0, c] = sum over j of p x[column of j],    mapping[b, s, 1, c] the same with y[row of j]
+//   largest[b, s, c] = max over j of u,    confidence[b, s, c] = max over j of p
+//
+// corr_s is (B, hs ws, ht wt) of element type `dtype`, its last dimension dense; both output grids are (h, w). A side
+// whose grid is (h, w) already is not interpolated. x is (w), y is (h). Everything but corr is float32 (float64 for
+// float64), and contiguous. No buffer is larger than one row of u.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/dtype.h"
+#include "../common/status.h"
+
+namespace lpmflow {
+
+struct FusionScale {
+  const void* corr;
+  int64_t batch, row;  // strides in elements
+  int64_t hs, ws, ht, wt;
+  void* grad;  // backward: (B, hs ws, ht wt) contiguous, zeros at first, float32 (float64 for float64)
+};
+
+struct CrossScaleFusion {
+  const FusionScale* scale;
+  int64_t scales, batch, h, w;
+  double temperature;
+  Dtype dtype;
+  int threads;
+  const void *x, *y;
+  // (B, S, 2, h, w), (B, S, h, w), (B, S, h, w): written by the forward, read by the backward.
+  void *mapping, *confidence, *largest;
+};
+
+// With g the gradient of mapping: dL/du[j] = p[j] ((x[j] - mapping_x) g_x + (y[j] - mapping_y) g_y) / temperature, then
+// the transposes of the interpolations; grad_x[column] = sum over b, s, c of g_x sum over rows of p. Deterministic, for
+// any number of threads.
+struct CrossScaleFusionBackward {
+  CrossScaleFusion op;
+  const void* grad_mapping;  // (B, S, 2, h, w)
+  void *grad_x, *grad_y;     // (w), (h)
+};
+
+}  // namespace lpmflow

@@ -1,0 +1,50 @@
+"""Registration of a native kernel: forward and backward as operators of PyTorch, with fakes, autograd, refusals."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Operator(NamedTuple):
+    """One operator: its schema, what runs by device type ("CPU", "CUDA"), what gives the outputs' shapes."""
+
+    schema: str
+    runs: dict[str, Callable[..., Any]]
+    fake: Callable[..., Any]
+
+
+def register(
+    op: str, forward: Operator, backward: Operator, *, save: Callable[..., None], differentiate: Callable[..., Any]
+) -> None:
+    """`lpmflow::{op}_native` and `lpmflow::{op}_native_backward`.
+
+    The forward's gradient is `differentiate(ctx, *grads)`, from what `save(ctx, inputs, output)` kept; the backward
+    has none, and neither is to be vmapped: both are refused in one sentence.
+    """
+    for name, operator in ((f"lpmflow::{op}_native", forward), (f"lpmflow::{op}_native_backward", backward)):
+        torch.library.define(name, operator.schema, tags=torch.Tag.pt2_compliant_tag)
+        for device, run in operator.runs.items():
+            torch.library.impl(name, device)(run)
+        torch.library.register_fake(name)(operator.fake)
+        if hasattr(torch.library, "register_vmap"):  # PyTorch 2.5; before, vmap has a refusal of its own
+            torch.library.register_vmap(name)(functools.partial(_refuse_vmap, op))
+    torch.library.register_autograd(f"lpmflow::{op}_native", differentiate, setup_context=save)
+    torch.library.register_autograd(f"lpmflow::{op}_native_backward", functools.partial(_refuse_second_order, op))
+
+
+def _refuse_second_order(op: str, ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    raise RuntimeError(
+        f"{op}: the native backend has no second derivative; use backend='reference' where the gradient is "
+        f"differentiated again"
+    )
+
+
+def _refuse_vmap(op: str, info: Any, in_dims: Any, *args: Any) -> Any:
+    raise RuntimeError(
+        f"{op}: torch.func.vmap is not supported; the op has a batch dimension, B, of its own (backend='reference' "
+        f"supports vmap)"
+    )

@@ -1,0 +1,167 @@
+"""`cross_scale_fusion` by the native module: the operators `lpmflow::cross_scale_fusion_native` and its backward.
+
+The arithmetic and its contract are in csrc/cross_scale_fusion. Beside its inputs the backward keeps three small results
+of the forward: the mapping, and for each cell the largest logit and its probability. The probability is also the
+confidence, which has no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lpmflow_kernels.native import DTYPES, check, dense_rows, loaded, why_not_on_cpu
+from lpmflow_kernels.native._register import Operator, register
+
+OP = "cross_scale_fusion"
+
+
+def why_not(corr: Tensor) -> str | None:
+    """None when tensors like this one can be computed here, else the reason in one sentence."""
+    return why_not_on_cpu("corrs[0]", corr)
+
+
+def cross_scale_fusion(
+    corrs: Sequence[Tensor],
+    source_grids: Sequence[tuple[int, int]],
+    target_grids: Sequence[tuple[int, int]],
+    *,
+    out_grid: tuple[int, int],
+    temperature: float,
+    x: Tensor,
+    y: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(mapping, confidence) of checked arguments; see `lpmflow.ops.cross_scale_fusion`."""
+    grids = [side for pair in zip(source_grids, target_grids, strict=True) for grid in pair for side in grid]
+    mapping, confidence, _ = torch.ops.lpmflow.cross_scale_fusion_native(
+        list(corrs), grids, list(out_grid), temperature, x, y
+    )
+    return mapping, confidence
+
+
+def _forward(
+    corrs: list[Tensor], grids: list[int], out_grid: list[int], temperature: float, x: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _outputs(corrs, grids, out_grid, temperature, x, y)
+    if outputs[0].numel() == 0:
+        return outputs
+    x, y = (table.to(outputs[0].dtype).contiguous() for table in (x, y))
+    corrs = [dense_rows(corr) for corr in corrs]
+    arguments = _arguments(corrs, [0] * len(corrs), grids, out_grid, temperature, x, y, outputs)
+    check(OP, loaded(OP).cross_scale_fusion_forward(*arguments))
+    return outputs
+
+
+def _outputs(
+    corrs: list[Tensor], grids: list[int], out_grid: list[int], temperature: float, x: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    exact = torch.promote_types(corrs[0].dtype, torch.float32)
+    cells = (corrs[0].shape[0], len(corrs), *out_grid)
+    mapping = corrs[0].new_empty((*cells[:2], 2, *cells[2:]), dtype=exact)
+    return mapping, corrs[0].new_empty(cells, dtype=exact), corrs[0].new_empty(cells, dtype=exact)
+
+
+def _backward(
+    grad_mapping: Tensor,
+    corrs: list[Tensor],
+    grids: list[int],
+    out_grid: list[int],
+    temperature: float,
+    x: Tensor,
+    y: Tensor,
+    mapping: Tensor,
+    confidence: Tensor,
+    largest: Tensor,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    exact = mapping.dtype
+    if mapping.numel() == 0:
+        return [corr.new_zeros(corr.shape) for corr in corrs], x.new_zeros(x.shape), y.new_zeros(y.shape)
+    # Summed in full precision whatever the inputs are.
+    grads = [corr.new_zeros(corr.shape, dtype=exact) for corr in corrs]
+    exact_x, exact_y = (table.to(exact).contiguous() for table in (x, y))
+    grad_x, grad_y = exact_x.new_empty(x.shape), exact_y.new_empty(y.shape)
+    grad_mapping = grad_mapping.contiguous()
+    dense = [dense_rows(corr) for corr in corrs]
+    saved = (mapping.contiguous(), confidence.contiguous(), largest.contiguous())
+    addresses = [grad.data_ptr() for grad in grads]
+    arguments = _arguments(dense, addresses, grids, out_grid, temperature, exact_x, exact_y, saved)
+    status = loaded(OP).cross_scale_fusion_backward(
+        *arguments, grad_mapping.data_ptr(), grad_x.data_ptr(), grad_y.data_ptr()
+    )
+    check(OP, status)
+    return (
+        [grad.to(corr.dtype) for grad, corr in zip(grads, corrs, strict=True)],
+        grad_x.to(x.dtype),
+        grad_y.to(y.dtype),
+    )
+
+
+def _grads(
+    grad_mapping: Tensor,
+    corrs: list[Tensor],
+    grids: list[int],
+    out_grid: list[int],
+    temperature: float,
+    x: Tensor,
+    y: Tensor,
+    mapping: Tensor,
+    confidence: Tensor,
+    largest: Tensor,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    return [corr.new_empty(corr.shape) for corr in corrs], x.new_empty(x.shape), y.new_empty(y.shape)
+
+
+def _arguments(
+    corrs: list[Tensor],
+    grads: list[int],
+    grids: list[int],
+    out_grid: list[int],
+    temperature: float,
+    x: Tensor,
+    y: Tensor,
+    outputs: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Any, ...]:
+    """What both native functions take first; `grads` are addresses."""
+    scales = [
+        (corr.data_ptr(), *corr.stride()[:2], *grids[4 * s : 4 * s + 4], grads[s]) for s, corr in enumerate(corrs)
+    ]
+    sizes = (corrs[0].shape[0], *out_grid)
+    tables = (x.data_ptr(), y.data_ptr())
+    addresses = (output.data_ptr() for output in outputs)
+    return scales, sizes, temperature, DTYPES[corrs[0].dtype], torch.get_num_threads(), *tables, *addresses
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    corrs, ctx.grids, ctx.out_grid, ctx.temperature, x, y = inputs
+    ctx.save_for_backward(*corrs, x, y, *output)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad_mapping: Tensor | None, *_: None) -> tuple[Any, ...]:
+    *corrs, x, y, mapping, confidence, largest = ctx.saved_tensors
+    if grad_mapping is None:
+        return [None] * len(corrs), None, None, None, None, None
+    backward = torch.ops.lpmflow.cross_scale_fusion_native_backward
+    grads, grad_x, grad_y = backward(
+        grad_mapping, corrs, ctx.grids, ctx.out_grid, ctx.temperature, x, y, mapping, confidence, largest
+    )
+    return grads, None, None, None, grad_x, grad_y
+
+
+_ARGUMENTS = "Tensor[] corrs, SymInt[] grids, SymInt[] out_grid, float temperature, Tensor x, Tensor y"
+register(
+    OP,
+    Operator(f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", {"CPU": _forward}, _outputs),
+    Operator(
+        f"(Tensor grad_mapping, {_ARGUMENTS}, Tensor mapping, Tensor confidence, Tensor largest) "
+        f"-> (Tensor[], Tensor, Tensor)",
+        {"CPU": _backward},
+        _grads,
+    ),
+    save=_save,
+    differentiate=_differentiate,
+)
