@@ -77,28 +77,25 @@ _MEMORY = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
 import shapes
-from lpmflow import ops
 backend, backward = sys.argv[2], sys.argv[3] == "1"
 stage = next(stage for stage in getattr(shapes, sys.argv[4])() if stage.name == sys.argv[5])
 def run(inputs):
     if backward:
         inputs = [x.detach().requires_grad_() for x in inputs]
-    attended, corr = ops.correlation(*inputs, backend=backend)
+    results = [*stage.run(inputs, backend)]
     if backward:
-        torch.autograd.backward((attended, corr), (torch.ones_like(attended), torch.ones_like(corr)))
-        inputs += [x.grad for x in inputs]
-    return inputs, attended, corr
+        torch.autograd.backward(results, [torch.ones_like(x) for x in results])
+        results += [torch.ones_like(x) for x in results] + [x.grad for x in inputs]
+    return results
 def resident(field):
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith(field)) * 1024
-small = [x[:, :, :9] for x in stage.inputs(torch.float32, torch.device("cpu"))]
-run(small)  # threads and libraries are not what is measured
+run(stage.small(stage.inputs(torch.float32, torch.device("cpu"))))  # threads and libraries are not what is measured
 inputs = stage.inputs(torch.float32, torch.device("cpu"))
 before = resident("VmRSS")
 with open("/proc/self/clear_refs", "w") as file:
     file.write("5")
-kept, attended, corr = run(inputs)
-results = [attended, corr] * (2 if backward else 1) + kept[3:]  # outputs and the gradients given for them, and ours
+results = run(inputs)  # outputs, the gradients given for them, and ours
 print(resident("VmHWM") - before - sum(x.numel() * x.element_size() for x in results))
 """
 

@@ -110,6 +110,35 @@ int cross_scale_fusion_backward(const py::list& scales, const py::tuple& sizes, 
   return kernels().cross_scale_fusion_backward(op);
 }
 
+Cells cells(Address data, const py::tuple& strides) {
+  return {reinterpret_cast<const void*>(data), strides[0].cast<int64_t>(), strides[1].cast<int64_t>(),
+          strides[2].cast<int64_t>()};
+}
+
+WindowShape window_shape(const py::tuple& sizes, double scale, int dtype, int threads) {
+  return {sizes[0].cast<int64_t>(), sizes[1].cast<int64_t>(), sizes[2].cast<int64_t>(), sizes[3].cast<int64_t>(),
+          sizes[4].cast<int64_t>(), sizes[5].cast<int64_t>(), sizes[6].cast<int64_t>(), scale,
+          static_cast<Dtype>(dtype), threads};
+}
+
+int window_refinement_forward(const py::tuple& sizes, double scale, int dtype, int threads, Address qkv,
+                              const py::tuple& qkv_strides, Address table, Address out) {
+  const WindowForward op{window_shape(sizes, scale, dtype, threads), cells(qkv, qkv_strides),
+                         reinterpret_cast<const void*>(table), reinterpret_cast<void*>(out)};
+  py::gil_scoped_release released;
+  return kernels().window_refinement_forward(op);
+}
+
+int window_refinement_backward(const py::tuple& sizes, double scale, int dtype, int threads, Address qkv,
+                               const py::tuple& qkv_strides, Address grad_out, const py::tuple& grad_out_strides,
+                               Address table, Address grad_qkv, Address grad_table) {
+  const WindowBackward op{window_shape(sizes, scale, dtype, threads), cells(qkv, qkv_strides),
+                          cells(grad_out, grad_out_strides), reinterpret_cast<const void*>(table),
+                          reinterpret_cast<void*>(grad_qkv), reinterpret_cast<void*>(grad_table)};
+  py::gil_scoped_release released;
+  return kernels().window_refinement_backward(op);
+}
+
 #if !defined(LPMFLOW_NO_CUDA)
 void read_strides(int64_t (&to)[3], const py::tuple& strides) {
   for (int axis = 0; axis < 3; ++axis) to[axis] = strides[axis].cast<int64_t>();
@@ -179,6 +208,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("correlation_backward", &correlation_backward);
   m.def("cross_scale_fusion_forward", &cross_scale_fusion_forward);
   m.def("cross_scale_fusion_backward", &cross_scale_fusion_backward);
+  m.def("window_refinement_forward", &window_refinement_forward);
+  m.def("window_refinement_backward", &window_refinement_backward);
 #if !defined(LPMFLOW_NO_CUDA)
   m.def("correlation_forward_cuda", &correlation_forward_on_cuda);
 #endif

@@ -2,19 +2,22 @@
 
 namespace lpmflow {
 
-#define LPMFLOW_DECLARE(isa)                                              \
-  namespace isa {                                                         \
-  int run_correlation_forward(const CorrelationForward& op);              \
-  int run_correlation_backward(const CorrelationBackward& op);            \
-  int run_cross_scale_fusion_forward(const CrossScaleFusion& op);         \
+#define LPMFLOW_DECLARE(isa)                                               \
+  namespace isa {                                                          \
+  int run_correlation_forward(const CorrelationForward& op);               \
+  int run_correlation_backward(const CorrelationBackward& op);             \
+  int run_cross_scale_fusion_forward(const CrossScaleFusion& op);          \
   int run_cross_scale_fusion_backward(const CrossScaleFusionBackward& op); \
+  int run_window_refinement_forward(const WindowForward& op);              \
+  int run_window_refinement_backward(const WindowBackward& op);            \
   }
 
-#define LPMFLOW_KERNELS(isa, supported)                                \
-  CpuKernels {                                                         \
-    #isa, supported,                                                   \
-    isa::run_correlation_forward, isa::run_correlation_backward,       \
-    isa::run_cross_scale_fusion_forward, isa::run_cross_scale_fusion_backward \
+#define LPMFLOW_KERNELS(isa, supported)                                        \
+  CpuKernels {                                                                 \
+    #isa, supported,                                                           \
+    isa::run_correlation_forward, isa::run_correlation_backward,               \
+    isa::run_cross_scale_fusion_forward, isa::run_cross_scale_fusion_backward, \
+    isa::run_window_refinement_forward, isa::run_window_refinement_backward    \
   }
 
 LPMFLOW_DECLARE(baseline)

@@ -3,6 +3,7 @@
 
 #include "../correlation/correlation.h"
 #include "../cross_scale_fusion/cross_scale_fusion.h"
+#include "../window_refinement/window_refinement.h"
 
 namespace lpmflow {
 
@@ -13,6 +14,8 @@ struct CpuKernels {
   int (*correlation_backward)(const CorrelationBackward&);
   int (*cross_scale_fusion_forward)(const CrossScaleFusion&);
   int (*cross_scale_fusion_backward)(const CrossScaleFusionBackward&);
+  int (*window_refinement_forward)(const WindowForward&);
+  int (*window_refinement_backward)(const WindowBackward&);
 };
 
 // Best first, ended by an entry whose isa is null.

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lpmflow import reference
 from lpmflow.ops._autocast import without_autocast
+from lpmflow.ops._autodiff import NO_TANGENT, has_tangent
 from lpmflow.ops._backends import choose
 from lpmflow.ops._checks import check_count, check_shape, check_tensor
 
@@ -29,6 +30,9 @@ def window_attention(
     Returns:
         (B, H, W, C) in qkv's dtype, differentiable in qkv and bias_table. Autocast does not reach inside.
 
+    The backends other than "reference" have first derivatives only, backward-mode, and no `torch.func.vmap`: where
+    tensors carry a forward-mode tangent the reference is chosen, a second derivative or vmap raises RuntimeError.
+
     Raises TypeError or ValueError naming the argument, RuntimeError when the named backend cannot run.
     """
     check_tensor(OP, "qkv", qkv, "B, H, W, 3C")
@@ -43,6 +47,22 @@ def window_attention(
     check_shape(OP, "bias_table", bias_table, ((2 * window - 1) ** 2, heads))
     if bias_table.device != qkv.device:
         raise ValueError(f"{OP}: bias_table must be on qkv's device {qkv.device}, got {bias_table.device}")
-    choose(OP, backend, qkv.device.type, lambda name: None)
+    chosen = choose(OP, backend, qkv.device.type, lambda name: _why_not(name, qkv, bias_table))
     with without_autocast(qkv.device):
+        if chosen == "native":
+            from lpmflow_kernels.native import window_refinement as native
+
+            return native.window_attention(qkv, bias_table, heads=heads, window=window, shift=shift)
         return reference.window_attention(qkv, bias_table, heads=heads, window=window, shift=shift)
+
+
+def _why_not(backend: str, qkv: Tensor, bias_table: Tensor) -> str | None:
+    """None when an installed backend can compute with tensors like these, else the reason in one sentence."""
+    reason: str | None = None
+    if backend != "reference" and has_tangent(qkv, bias_table):
+        reason = NO_TANGENT
+    elif backend == "native":
+        from lpmflow_kernels.native import window_refinement as native
+
+        reason = native.why_not(qkv)
+    return reason

@@ -1,0 +1,97 @@
+"""`window_attention` by the native module: the operators `lpmflow::window_refinement_native` and its backward.
+
+The arithmetic and its contract are in csrc/window_refinement. The backward computes the probabilities anew, so nothing
+but the inputs is kept for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lpmflow_kernels.native import DTYPES, check, dense_rows, loaded, why_not_on_cpu
+from lpmflow_kernels.native._register import Operator, register
+
+OP = "window_refinement"
+
+
+def why_not(qkv: Tensor) -> str | None:
+    """None when tensors like this one can be computed here, else the reason in one sentence."""
+    return why_not_on_cpu("qkv", qkv)
+
+
+def window_attention(qkv: Tensor, bias_table: Tensor, *, heads: int, window: int, shift: int) -> Tensor:
+    """(B, H, W, C) of checked arguments; see `lpmflow.ops.window_attention`."""
+    exact = torch.promote_types(qkv.dtype, torch.float32)
+    return torch.ops.lpmflow.window_refinement_native(qkv, bias_table.to(exact), heads, window, shift)
+
+
+def _forward(qkv: Tensor, bias_table: Tensor, heads: int, window: int, shift: int) -> Tensor:
+    out = _output(qkv, bias_table, heads, window, shift)
+    if out.numel() == 0:
+        return out
+    qkv, bias_table = dense_rows(qkv), bias_table.contiguous()
+    status = loaded(OP).window_refinement_forward(
+        *_shape(qkv, heads, window, shift), *_cells(qkv), bias_table.data_ptr(), out.data_ptr()
+    )
+    check(OP, status)
+    return out
+
+
+def _output(qkv: Tensor, bias_table: Tensor, heads: int, window: int, shift: int) -> Tensor:
+    return qkv.new_empty((*qkv.shape[:3], qkv.shape[3] // 3))
+
+
+def _backward(
+    grad: Tensor, qkv: Tensor, bias_table: Tensor, heads: int, window: int, shift: int
+) -> tuple[Tensor, Tensor]:
+    grad_qkv, grad_table = _grads(grad, qkv, bias_table, heads, window, shift)
+    if grad_qkv.numel() == 0:
+        return grad_qkv, grad_table.zero_()
+    qkv, bias_table, grad = dense_rows(qkv), bias_table.contiguous(), dense_rows(grad)
+    status = loaded(OP).window_refinement_backward(
+        *_shape(qkv, heads, window, shift),
+        *_cells(qkv),
+        *_cells(grad),
+        bias_table.data_ptr(),
+        grad_qkv.data_ptr(),
+        grad_table.data_ptr(),
+    )
+    check(OP, status)
+    return grad_qkv, grad_table
+
+
+def _grads(grad: Tensor, qkv: Tensor, bias_table: Tensor, heads: int, window: int, shift: int) -> tuple[Tensor, Tensor]:
+    return qkv.new_empty(qkv.shape), bias_table.new_empty(bias_table.shape)
+
+
+def _shape(qkv: Tensor, heads: int, window: int, shift: int) -> tuple[Any, ...]:
+    width = qkv.shape[3] // 3 // heads
+    sizes = (*qkv.shape[:3], heads, width, window, shift)
+    return sizes, width**-0.5, DTYPES[qkv.dtype], torch.get_num_threads()
+
+
+def _cells(x: Tensor) -> tuple[int, tuple[int, ...]]:
+    return x.data_ptr(), x.stride()[:3]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    qkv, bias_table, *ctx.sizes = inputs
+    ctx.save_for_backward(qkv, bias_table)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    grads = torch.ops.lpmflow.window_refinement_native_backward(grad, *ctx.saved_tensors, *ctx.sizes)
+    return (*grads, None, None, None)
+
+
+_ARGUMENTS = "Tensor qkv, Tensor bias_table, SymInt heads, SymInt window, SymInt shift"
+register(
+    OP,
+    Operator(f"({_ARGUMENTS}) -> Tensor", {"CPU": _forward}, _output),
+    Operator(f"(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor)", {"CPU": _backward}, _grads),
+    save=_save,
+    differentiate=_differentiate,
+)
