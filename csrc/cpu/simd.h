@@ -59,11 +59,17 @@ inline void store(T* to, typename Simd<T>::Vec x) {
   std::memcpy(to, &x, sizeof x);
 }
 
+// In halves, as a tree.
 template <class T>
 inline T sum(typename Simd<T>::Vec x) {
-  T total = 0;
-  for (int lane = 0; lane < Simd<T>::kLanes; ++lane) total += x[lane];
-  return total;
+  constexpr int kLanes = Simd<T>::kLanes;
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    typename Simd<T>::Bits other;
+    for (int lane = 0; lane < kLanes; ++lane) other[lane] = lane ^ half;
+    x += __builtin_shuffle(x, other);
+  }
+  return x[0];
 }
 
 constexpr double reciprocal_factorial(int n) { return n < 2 ? 1.0 : reciprocal_factorial(n - 1) / n; }

@@ -21,7 +21,7 @@ struct FusionScale {
   const void* corr;
   int64_t batch, row;  // strides in elements
   int64_t hs, ws, ht, wt;
-  void* grad;  // backward: (B, hs ws, ht wt) contiguous, zeros at first, float32 (float64 for float64)
+  void* grad;  // backward: (B, hs ws, ht wt) contiguous, zeros unless the source grid is (h, w)
 };
 
 struct CrossScaleFusion {

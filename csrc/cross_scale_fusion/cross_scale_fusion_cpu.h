@@ -1,310 +1,269 @@
 // cross_scale_fusion on the CPU, for the instruction set of the including translation unit.
 //
-// A cell's row of u is made in three steps: blend the (up to) four coarse rows of the source side, stretch the result's
-// rows to the output width, and blend those in pairs to the output height while the softmax reads them.
-// Forward: a task is one row of output source cells.
-// Backward: a task is all output rows between two coarse source rows, to whose gradients it adds. Every second task is
-// done first and the others after, so that no two write the same coarse row at once, and each sum has one order.
+// Forward: a task is one line of output source cells.
+// Backward: a task is all output lines between two coarse source lines, to whose gradients it adds. Every second task is
+// done first and the others after, so that no two write the same coarse line at once, and each sum has one order.
 #pragma once
 
-#include "../cpu/buffer.h"
-#include "../cpu/element.h"
-#include "cross_scale_fusion.h"
+#include "../cpu/gemm.h"
+#include "cross_scale_fusion_row.h"
 
 namespace lpmflow {
 namespace LPMFLOW_ISA {
-
-// One axis of bilinear interpolation, `align_corners`, with the rounding of PyTorch's.
-template <class T>
-struct Axis {
-  int64_t in, out;
-  T step;
-
-  Axis(int64_t in_, int64_t out_) : in(in_), out(out_), step(out_ > 1 ? T(in_ - 1) / T(out_ - 1) : T(0)) {}
-  bool same() const { return in == out; }
-  int64_t low(int64_t i) const {
-    const int64_t at = int64_t(step * T(i));
-    return at < in ? at : in - 1;
-  }
-  int64_t high(int64_t i) const { return low(i) + 1 < in ? low(i) + 1 : low(i); }
-  T weight(int64_t i) const { return step * T(i) - T(low(i)); }  // of high(i)
-};
 
 template <class In, class T>
 class Fusion {
  public:
   using Vec = typename Simd<T>::Vec;
-  using Bits = typename Simd<T>::Bits;
   static constexpr int kLanes = Simd<T>::kLanes;
 
-  explicit Fusion(const CrossScaleFusion& op)
-      : op_(op),
-        width_((op.w + kLanes - 1) / kLanes * kLanes),
-        scratch_(2 * largest_row(op) + 2 * kLanes + width_ * (2 * largest_height(op) + op.h + 6)),
-        taps_(2 * width_) {
-    T* free = scratch_.get();
-    auto take = [&free](int64_t count) { return (free += count) - count; };
-    if (failed()) return;
-    wide_ = take(width_ * largest_height(op));
-    grad_wide_ = take(width_ * largest_height(op));
-    u_ = take(width_ * op.h);
-    columns_ = take(width_);
-    weights_ = take(2 * width_);
-    valid_ = take(width_);
-    x_ = take(width_);
-    x_pull_ = take(width_);
-    coarse_ = take(largest_row(op) + kLanes);
-    grad_coarse_ = take(largest_row(op) + kLanes);
-    for (int64_t j = 0; j < width_; ++j) {
-      valid_[j] = j < op.w;
-      x_[j] = j < op.w ? static_cast<const T*>(op.x)[j] : 0;
-    }
-  }
+  explicit Fusion(const CrossScaleFusion& op) : op_(op), row_(op), columns_(row_.width()) {}
 
-  bool failed() const { return scratch_.failed() || taps_.failed(); }
+  bool failed() const { return row_.failed() || columns_.failed(); }
 
   void begin_scale(int64_t s) {
-    s_ = op_.scale + s;
     index_ = s;
-    whole_source_ = s_->hs == op_.h && s_->ws == op_.w;
-    whole_target_ = s_->ht == op_.h && s_->wt == op_.w;
-    const Axis<T> axis(s_->wt, op_.w);
-    narrow_ = true;
-    for (int64_t j = 0; j < width_; ++j) {
-      const int64_t column = j < op_.w ? j : op_.w - 1;  // what lies beyond the width repeats its last column
-      taps_.get()[2 * j] = axis.low(column);
-      taps_.get()[2 * j + 1] = axis.high(column);
-      weights_[j] = 1 - axis.weight(column);
-      weights_[width_ + j] = axis.weight(column);
-      narrow_ = narrow_ && axis.high(column) - taps_.get()[2 * (j / kLanes * kLanes)] < kLanes;
-    }
+    row_.begin_scale(s);
   }
 
-  void forward_row(int64_t b, int64_t r) {
-    const T* y = static_cast<const T*>(op_.y);
-    for (int64_t c = 0; c < op_.w; ++c) {
-      const T top = make_u(b, r, c);
-      const T* u = u_;
-      for (int64_t j = 0; j < width_; j += kLanes) store(columns_ + j, Vec{});
-      Vec by_row = {};
-      const T cold = T(1 / op_.temperature);
-      for (int64_t i = 0; i < op_.h; ++i) {
-        for (int64_t j = 0; j < width_; j += kLanes, u += kLanes) {
-          const Vec p = exp_nonpositive<T>((load(u) - top) * cold) * load(valid_ + j);
-          store(columns_ + j, load(columns_ + j) + p);
-          by_row += p * y[i];
-        }
-      }
-      Vec total = {}, by_column = {};
-      for (int64_t j = 0; j < width_; j += kLanes) {
-        total += load(columns_ + j);
-        by_column += load(columns_ + j) * load(x_ + j);
-      }
-      const T inverse = 1 / sum<T>(total);
-      const int64_t cells = op_.h * op_.w, at = (b * op_.scales + index_) * cells + r * op_.w + c;
-      static_cast<T*>(op_.mapping)[at + (at - r * op_.w - c)] = sum<T>(by_column) * inverse;
-      static_cast<T*>(op_.mapping)[at + (at - r * op_.w - c) + cells] = sum<T>(by_row) * inverse;
-      static_cast<T*>(op_.confidence)[at] = inverse;  // the largest probability is that of u = top
-      static_cast<T*>(op_.largest)[at] = top;
-    }
+  void run(int64_t b, int64_t r) {
+    for (int64_t c = 0; c < op_.w; ++c) cell(b, r, c);
   }
-
-  // The output rows whose upper coarse row is `coarse`: adds to its gradients, to those of the next coarse row, and to
-  // grad_x (padded width) and grad_y (h).
-  void backward_rows(const CrossScaleFusionBackward& back, int64_t b, int64_t coarse, T* grad_x, T* grad_y) {
-    const Axis<T> axis(s_->hs, op_.h);
-    for (int64_t r = 0; r < op_.h; ++r) {
-      if ((whole_source_ ? r : axis.low(r)) != coarse) continue;
-      for (int64_t c = 0; c < op_.w; ++c) backward_cell(back, b, r, c, grad_x, grad_y);
-    }
-  }
-
-  int64_t padded_width() const { return width_; }
 
  private:
-  static int64_t largest_row(const CrossScaleFusion& op) {
-    int64_t most = 0;
-    for (int64_t s = 0; s < op.scales; ++s) {
-      const int64_t size = op.scale[s].ht * op.scale[s].wt;
-      most = size > most ? size : most;
-    }
-    return most + kLanes;
-  }
-
-  static int64_t largest_height(const CrossScaleFusion& op) {
-    int64_t most = 0;
-    for (int64_t s = 0; s < op.scales; ++s) most = op.scale[s].ht > most ? op.scale[s].ht : most;
-    return most;
-  }
-
-  const In* corr_row(int64_t b, int64_t line, int64_t column) const {
-    return static_cast<const In*>(s_->corr) + b * s_->batch + (line * s_->ws + column) * s_->row;
-  }
-
-  // u of output source cell (r, c) in u_, whose rows are `width_` long; the largest of it.
-  T make_u(int64_t b, int64_t r, int64_t c) {
-    blend_source(b, r, c);
-    Vec highest = Vec{} - T(__builtin_huge_val());
-    T* u = u_;
-    if (whole_target_) {
-      for (int64_t i = 0; i < op_.h; ++i, u += width_) {
-        const T* from = coarse_ + i * op_.w;
-        for (int64_t j = 0; j < op_.w; ++j) u[j] = from[j];
-        for (int64_t j = op_.w; j < width_; ++j) u[j] = from[op_.w - 1];
-        for (int64_t j = 0; j < width_; j += kLanes) highest = greater(load(u + j), highest);
-      }
-    } else {
-      stretch();
-      const Axis<T> axis(s_->ht, op_.h);
-      for (int64_t i = 0; i < op_.h; ++i, u += width_) {
-        const T *above = wide_ + axis.low(i) * width_, *below = wide_ + axis.high(i) * width_;
-        const T weight = axis.weight(i);
-        for (int64_t j = 0; j < width_; j += kLanes) {
-          const Vec x = load(above + j) * (1 - weight) + load(below + j) * weight;
-          store(u + j, x);
-          highest = greater(x, highest);
-        }
+  void cell(int64_t b, int64_t r, int64_t c) {
+    const T top = row_.make(b, r, c), cold = T(1 / op_.temperature);
+    const T *u = row_.u(), *y = static_cast<const T*>(op_.y), *valid = row_.valid();
+    const int64_t width = row_.width();
+    T* columns = columns_.get();
+    for (int64_t j = 0; j < width; j += kLanes) store(columns + j, Vec{});
+    Vec by_line = {};
+    for (int64_t i = 0; i < op_.h; ++i, u += width) {
+      for (int64_t j = 0; j < width; j += kLanes) {
+        const Vec p = exp_nonpositive<T>((load(u + j) - top) * cold) * load(valid + j);
+        store(columns + j, load(columns + j) + p);
+        by_line += p * y[i];
       }
     }
-    T top = highest[0];
-    for (int lane = 1; lane < kLanes; ++lane) top = highest[lane] > top ? highest[lane] : top;
-    return top;
-  }
-
-  static Vec greater(Vec x, Vec highest) { return x > highest ? x : highest; }
-
-  // coarse_: the row of the source cell, still on the target grid of the tensor.
-  void blend_source(int64_t b, int64_t r, int64_t c) {
-    const int64_t size = s_->ht * s_->wt;
-    if (whole_source_) {
-      const In* from = corr_row(b, r, c);
-      for (int64_t j = 0; j < size; ++j) coarse_[j] = T(from[j]);
-      return;
+    Vec total = {}, by_column = {};
+    for (int64_t j = 0; j < width; j += kLanes) {
+      total += load(columns + j);
+      by_column += load(columns + j) * load(row_.x() + j);
     }
-    const Axis<T> lines(s_->hs, op_.h), columns(s_->ws, op_.w);
-    const In *a = corr_row(b, lines.low(r), columns.low(c)), *a2 = corr_row(b, lines.low(r), columns.high(c));
-    const In *z = corr_row(b, lines.high(r), columns.low(c)), *z2 = corr_row(b, lines.high(r), columns.high(c));
-    const T down = lines.weight(r), right = columns.weight(c), up = 1 - down, left = 1 - right;
-    for (int64_t j = 0; j < size; ++j) {
-      coarse_[j] = up * (left * T(a[j]) + right * T(a2[j])) + down * (left * T(z[j]) + right * T(z2[j]));
-    }
-  }
-
-  // wide_: the rows of coarse_ at the output width. Where a vector's taps lie within one vector of the row, which is so
-  // for every enlargement by more than a little, they are picked from it; else one by one.
-  void stretch() {
-    const int64_t* taps = taps_.get();
-    for (int64_t j = 0; j < width_; j += kLanes) {
-      const int64_t first = taps[2 * j];
-      const Vec left = load(weights_ + j), right = load(weights_ + width_ + j);
-      Bits low, high;
-      for (int lane = 0; lane < kLanes; ++lane) {
-        low[lane] = taps[2 * (j + lane)] - first;
-        high[lane] = taps[2 * (j + lane) + 1] - first;
-      }
-      for (int64_t i = 0; i < s_->ht; ++i) {
-        const T* from = coarse_ + i * s_->wt + first;
-        Vec a, b;
-        if (narrow_) {
-          const Vec all = load(from);
-          a = __builtin_shuffle(all, low);
-          b = __builtin_shuffle(all, high);
-        } else {
-          for (int lane = 0; lane < kLanes; ++lane) {
-            a[lane] = from[low[lane]];
-            b[lane] = from[high[lane]];
-          }
-        }
-        store(wide_ + i * width_ + j, a * left + b * right);
-      }
-    }
-  }
-
-  void backward_cell(const CrossScaleFusionBackward& back, int64_t b, int64_t r, int64_t c, T* grad_x, T* grad_y) {
-    const int64_t cells = op_.h * op_.w, first = (b * op_.scales + index_) * cells, cell = r * op_.w + c;
-    const T gx = static_cast<const T*>(back.grad_mapping)[2 * first + cell];
-    const T gy = static_cast<const T*>(back.grad_mapping)[2 * first + cells + cell];
-    const T mean_x = static_cast<const T*>(op_.mapping)[2 * first + cell];
-    const T mean_y = static_cast<const T*>(op_.mapping)[2 * first + cells + cell];
-    const T inverse = static_cast<const T*>(op_.confidence)[first + cell];
-    const T top = static_cast<const T*>(op_.largest)[first + cell];
-    const T cold = T(1 / op_.temperature);
-    make_u(b, r, c);
-    for (int64_t j = 0; j < width_; j += kLanes) store(x_pull_ + j, (load(x_ + j) - mean_x) * (gx * cold));
-    const Axis<T> axis(s_->ht, op_.h);
-    if (!whole_target_) {
-      for (int64_t j = 0; j < s_->ht * width_; j += kLanes) store(grad_wide_ + j, Vec{});
-    }
-    for (int64_t i = 0; i < op_.h; ++i) {
-      T* u = u_ + i * width_;
-      const T y_pull = (static_cast<const T*>(op_.y)[i] - mean_y) * (gy * cold);
-      T *above = grad_wide_ + axis.low(i) * width_, *below = grad_wide_ + axis.high(i) * width_;
-      const T weight = axis.weight(i);
-      Vec row = {};
-      for (int64_t j = 0; j < width_; j += kLanes) {
-        const Vec p = exp_nonpositive<T>((load(u + j) - top) * cold) * (load(valid_ + j) * inverse);
-        const Vec grad = p * (load(x_pull_ + j) + y_pull);
-        row += p;
-        store(grad_x + j, load(grad_x + j) + p * gx);
-        if (whole_target_) {
-          store(u + j, grad);
-        } else {
-          store(above + j, load(above + j) + grad * (1 - weight));
-          store(below + j, load(below + j) + grad * weight);
-        }
-      }
-      grad_y[i] += sum<T>(row) * gy;
-    }
-    shrink();
-    spread(b, r, c);
-  }
-
-  // grad_coarse_: the transpose of stretch (of the copy into u_, where the target side is not interpolated).
-  void shrink() {
-    if (whole_target_) {
-      for (int64_t i = 0; i < op_.h; ++i) {
-        for (int64_t j = 0; j < op_.w; ++j) grad_coarse_[i * op_.w + j] = u_[i * width_ + j];
-      }
-      return;
-    }
-    const int64_t* taps = taps_.get();
-    for (int64_t i = 0; i < s_->ht; ++i) {
-      T* to = grad_coarse_ + i * s_->wt;
-      const T* from = grad_wide_ + i * width_;
-      for (int64_t j = 0; j < s_->wt; ++j) to[j] = 0;
-      for (int64_t j = 0; j < op_.w; ++j) {
-        to[taps[2 * j]] += weights_[j] * from[j];
-        to[taps[2 * j + 1]] += weights_[width_ + j] * from[j];
-      }
-    }
-  }
-
-  // The transpose of blend_source: from grad_coarse_ to the gradients of up to four coarse rows.
-  void spread(int64_t b, int64_t r, int64_t c) {
-    const int64_t size = s_->ht * s_->wt;
-    T* grad = static_cast<T*>(s_->grad) + b * s_->hs * s_->ws * size;
-    if (whole_source_) return add(grad + (r * op_.w + c) * size, size, 1);
-    const Axis<T> lines(s_->hs, op_.h), columns(s_->ws, op_.w);
-    const T down = lines.weight(r), right = columns.weight(c);
-    T *above = grad + lines.low(r) * s_->ws * size, *below = grad + lines.high(r) * s_->ws * size;
-    add(above + columns.low(c) * size, size, (1 - down) * (1 - right));
-    add(above + columns.high(c) * size, size, (1 - down) * right);
-    add(below + columns.low(c) * size, size, down * (1 - right));
-    add(below + columns.high(c) * size, size, down * right);
-  }
-
-  void add(T* to, int64_t size, T weight) const {
-    for (int64_t j = 0; j < size; ++j) to[j] += weight * grad_coarse_[j];
+    const T inverse = 1 / sum<T>(total);
+    const int64_t cells = op_.h * op_.w, first = (b * op_.scales + index_) * cells, at = r * op_.w + c;
+    static_cast<T*>(op_.mapping)[2 * first + at] = sum<T>(by_column) * inverse;
+    static_cast<T*>(op_.mapping)[2 * first + cells + at] = sum<T>(by_line) * inverse;
+    static_cast<T*>(op_.confidence)[first + at] = inverse;  // the largest probability is that of u = top
+    static_cast<T*>(op_.largest)[first + at] = top;
   }
 
   const CrossScaleFusion& op_;
-  const int64_t width_;  // w rounded up to whole vectors
-  const FusionScale* s_ = nullptr;
   int64_t index_ = 0;
-  bool whole_source_ = false, whole_target_ = false, narrow_ = false;
-  Buffer<T> scratch_;
-  Buffer<int64_t> taps_;
-  T *wide_, *grad_wide_, *u_, *columns_, *weights_, *valid_, *x_, *x_pull_, *coarse_, *grad_coarse_;
+  FusionRow<In, T> row_;
+  Buffer<T> columns_;
+};
+
+// Gradients are gathered as lines of the output width, `ht` of them to a coarse source cell, and brought to the width of
+// the target grid when a task, or a cell that is a coarse cell itself, is done with them.
+template <class In, class T>
+class FusionBackward {
+ public:
+  using Vec = typename Simd<T>::Vec;
+  static constexpr int kLanes = Simd<T>::kLanes;
+
+  explicit FusionBackward(const CrossScaleFusionBackward& back)
+      : back_(back), op_(back.op), row_(op_), lines_(most_lines()), tables_(most_tables()), range_(2 * most_height()) {}
+
+  bool failed() const { return row_.failed() || lines_.failed() || tables_.failed() || range_.failed(); }
+
+  void begin_scale(int64_t s) {
+    index_ = s;
+    row_.begin_scale(s);
+    const FusionScale& scale = row_.scale();
+    pull_ = tables_.get();
+    shrunk_ = pull_ + row_.width();
+    down_ = shrunk_ + scale.ht * padded<T>(scale.wt);
+    T* across = down_ + scale.ht * op_.h;
+    shrink_ = across + op_.w * scale.wt;
+    gathered_ = shrink_ + packed_size<T>(op_.w, scale.wt);
+    line_sums_ = gathered_ + scale.ht * row_.width();
+    const Axis<T> height(scale.ht, op_.h), width(scale.wt, op_.w);
+    for (int64_t x = 0; x < scale.ht * op_.h; ++x) down_[x] = 0;
+    for (int64_t i = 0; i < op_.h; ++i) {
+      down_[height.low(i) * op_.h + i] += 1 - height.weight(i);
+      down_[height.high(i) * op_.h + i] += height.weight(i);
+    }
+    for (int64_t k = 0; k < scale.ht; ++k) {  // the output lines that line k has a part in are neighbours
+      int64_t end = op_.h, from = 0;
+      while (from < op_.h && height.high(from) < k) ++from;
+      while (end > from && height.low(end - 1) > k) --end;
+      range_.get()[2 * k] = from;
+      range_.get()[2 * k + 1] = end;
+    }
+    for (int64_t x = 0; x < op_.w * scale.wt; ++x) across[x] = 0;
+    for (int64_t j = 0; j < op_.w; ++j) {
+      across[j * scale.wt + width.low(j)] += 1 - width.weight(j);
+      across[j * scale.wt + width.high(j)] += width.weight(j);
+    }
+    pack_rows<T>(across, scale.wt, op_.w, scale.wt, shrink_);
+  }
+
+  // The output lines whose upper coarse line is `coarse`: adds to its gradients, to those of the next coarse line, and
+  // to grad_x (width of the row) and grad_y (h). Without interpolation of the source side: writes those of `coarse`.
+  void run(int64_t b, int64_t coarse, T* grad_x, T* grad_y) {
+    const FusionScale& scale = row_.scale();
+    const int64_t size = scale.ht * scale.wt, cell_lines = scale.ht * row_.width();
+    T* grad = static_cast<T*>(scale.grad) + b * scale.hs * scale.ws * size;
+    for (int64_t i = 0; i < op_.h; ++i) store(line_sums_ + i * kLanes, Vec{});
+    if (row_.whole_source()) {
+      for (int64_t c = 0; c < op_.w; ++c) {
+        logits(b, coarse, c, grad_x);
+        gather(lines_.get());
+        flush<false>(lines_.get(), grad + (coarse * op_.w + c) * size);
+      }
+      return sum_lines(grad_y);
+    }
+    const Axis<T> lines(scale.hs, op_.h), columns(scale.ws, op_.w);
+    bool any = false;
+    for (int64_t r = 0; r < op_.h; ++r) {
+      if (lines.low(r) != coarse) continue;
+      if (!any) {
+        for (int64_t x = 0; x < 2 * scale.ws * cell_lines; ++x) lines_.get()[x] = 0;
+      }
+      any = true;
+      for (int64_t c = 0; c < op_.w; ++c) {
+        logits(b, r, c, grad_x);
+        gather(gathered_);
+        T *left = lines_.get() + columns.low(c) * cell_lines, *right = lines_.get() + columns.high(c) * cell_lines;
+        spread(left, right, scale.ws * cell_lines, columns.weight(c), lines.weight(r));
+      }
+    }
+    sum_lines(grad_y);
+    if (!any) return;
+    const int64_t below = coarse + 1 < scale.hs ? coarse + 1 : coarse;
+    for (int64_t c = 0; c < scale.ws; ++c) {
+      flush<true>(lines_.get() + c * cell_lines, grad + (coarse * scale.ws + c) * size);
+      flush<true>(lines_.get() + (scale.ws + c) * cell_lines, grad + (below * scale.ws + c) * size);
+    }
+  }
+
+ private:
+  int64_t most_lines() const {
+    int64_t found = 0;
+    for (int64_t s = 0; s < op_.scales; ++s) {
+      const FusionScale& scale = op_.scale[s];
+      const int64_t size = 2 * scale.ws * scale.ht * row_.width();
+      found = size > found ? size : found;
+    }
+    return found;
+  }
+
+  int64_t most_height() const {
+    int64_t found = 0;
+    for (int64_t s = 0; s < op_.scales; ++s) found = op_.scale[s].ht > found ? op_.scale[s].ht : found;
+    return found;
+  }
+
+  int64_t most_tables() const {
+    int64_t found = 0;
+    for (int64_t s = 0; s < op_.scales; ++s) {
+      const FusionScale& scale = op_.scale[s];
+      const int64_t size = scale.ht * padded<T>(scale.wt) + scale.ht * op_.h + op_.w * scale.wt +
+                           packed_size<T>(op_.w, scale.wt) + scale.ht * row_.width();
+      found = size > found ? size : found;
+    }
+    return found + row_.width() + op_.h * kLanes;
+  }
+
+  // Replaces the row's u by the gradient of u.
+  void logits(int64_t b, int64_t r, int64_t c, T* grad_x) {
+    const int64_t cells = op_.h * op_.w, first = (b * op_.scales + index_) * cells, at = r * op_.w + c;
+    const T *grad = static_cast<const T*>(back_.grad_mapping) + 2 * first + at, *y = static_cast<const T*>(op_.y);
+    const T *mean = static_cast<const T*>(op_.mapping) + 2 * first + at, *valid = row_.valid();
+    const T gx = grad[0], gy = grad[cells], cold = T(1 / op_.temperature);
+    const T inverse = static_cast<const T*>(op_.confidence)[first + at];
+    const T top = static_cast<const T*>(op_.largest)[first + at];
+    const int64_t width = row_.width();
+    row_.make(b, r, c);
+    T* u = row_.u();
+    T* pull = pull_;
+    for (int64_t j = 0; j < width; j += kLanes) store(pull + j, (load(row_.x() + j) - mean[0]) * (gx * cold));
+    for (int64_t i = 0; i < op_.h; ++i, u += width) {
+      const T y_pull = (y[i] - mean[cells]) * (gy * cold);
+      Vec line = {};
+      for (int64_t j = 0; j < width; j += kLanes) {
+        const Vec p = exp_nonpositive<T>((load(u + j) - top) * cold) * (load(valid + j) * inverse);
+        store(u + j, p * (load(pull + j) + y_pull));
+        store(grad_x + j, load(grad_x + j) + p * gx);
+        line += p;
+      }
+      store(line_sums_ + i * kLanes, load(line_sums_ + i * kLanes) + line * gy);
+    }
+  }
+
+  // The gradient of u as `ht` lines: the transpose of the blending of lines.
+  void gather(T* to) const {
+    const FusionScale& scale = row_.scale();
+    const int64_t width = row_.width();
+    const T* u = row_.u();
+    if (row_.whole_target()) {
+      for (int64_t x = 0; x < op_.h * width; x += kLanes) store(to + x, load(u + x));
+      return;
+    }
+    for (int64_t k = 0; k < scale.ht; ++k, to += width) {
+      const T* down = down_ + k * op_.h;
+      const int64_t from = range_.get()[2 * k], end = range_.get()[2 * k + 1];
+      for (int64_t j = 0; j < width; j += kLanes) {
+        Vec total = {};
+        for (int64_t i = from; i < end; ++i) total += load(u + i * width + j) * down[i];
+        store(to + j, total);
+      }
+    }
+  }
+
+  // Adds gathered_ to the lines of four coarse source cells, `below` apart in pairs: the transpose of their blending.
+  void spread(T* left, T* right, int64_t below, T to_right, T to_below) const {
+    const int64_t size = row_.scale().ht * row_.width();
+    const T* from = gathered_;
+    for (int64_t x = 0; x < size; x += kLanes) {
+      const Vec above = load(from + x) * (1 - to_below), under = load(from + x) * to_below;
+      store(left + x, load(left + x) + above * (1 - to_right));
+      store(right + x, load(right + x) + above * to_right);
+      store(left + below + x, load(left + below + x) + under * (1 - to_right));
+      store(right + below + x, load(right + below + x) + under * to_right);
+    }
+  }
+
+  void sum_lines(T* grad_y) const {
+    for (int64_t i = 0; i < op_.h; ++i) grad_y[i] += sum<T>(load(line_sums_ + i * kLanes));
+  }
+
+  // Brings the lines of one coarse source cell to the target grid, and adds them to (or writes them as) its gradient.
+  template <bool kAdd>
+  void flush(const T* lines, T* to) const {
+    const FusionScale& scale = row_.scale();
+    const T* from = lines;
+    int64_t length = row_.width();
+    if (!row_.whole_target()) {
+      length = padded<T>(scale.wt);
+      multiply<T>(scale.ht, scale.wt, op_.w, {lines, row_.width(), 1}, shrink_, shrunk_, length);
+      from = shrunk_;
+    }
+    for (int64_t i = 0; i < scale.ht; ++i) {
+      for (int64_t j = 0; j < scale.wt; ++j) {
+        to[i * scale.wt + j] = (kAdd ? to[i * scale.wt + j] : T(0)) + from[i * length + j];
+      }
+    }
+  }
+
+  const CrossScaleFusionBackward& back_;
+  const CrossScaleFusion& op_;
+  int64_t index_ = 0;
+  FusionRow<In, T> row_;
+  Buffer<T> lines_, tables_;
+  Buffer<int64_t> range_;
+  T *pull_, *shrunk_, *down_, *shrink_, *gathered_, *line_sums_;
 };
 
 template <class In, class T>
@@ -321,7 +280,7 @@ int fuse(const CrossScaleFusion& op) {
       if (!fusion.failed()) fusion.begin_scale(s);
 #pragma omp for schedule(dynamic) nowait
       for (int64_t task = 0; task < op.batch * op.h; ++task) {
-        if (!fusion.failed()) fusion.forward_row(task / op.h, task % op.h);
+        if (!fusion.failed()) fusion.run(task / op.h, task % op.h);
       }
     }
   }
@@ -339,7 +298,7 @@ int fuse_backward(const CrossScaleFusionBackward& back) {
   int status = kDone;
 #pragma omp parallel num_threads(op.threads)
   {
-    Fusion<In, T> fusion(op);
+    FusionBackward<In, T> fusion(back);
     if (fusion.failed()) {
 #pragma omp atomic write
       status = kOutOfMemory;
@@ -355,7 +314,7 @@ int fuse_backward(const CrossScaleFusionBackward& back) {
           const int64_t b = task / per_image, line = 2 * (task % per_image) + odd;
           T* part = parts.get() + (before + b * lines + line) * each;
           for (int64_t j = 0; j < each; ++j) part[j] = 0;
-          if (!fusion.failed()) fusion.backward_rows(back, b, line, part, part + width);
+          if (!fusion.failed()) fusion.run(b, line, part, part + width);
         }
       }
       before += op.batch * lines;

@@ -79,8 +79,13 @@ def _backward(
     exact = mapping.dtype
     if mapping.numel() == 0:
         return [corr.new_zeros(corr.shape) for corr in corrs], x.new_zeros(x.shape), y.new_zeros(y.shape)
-    # Summed in full precision whatever the inputs are.
-    grads = [corr.new_zeros(corr.shape, dtype=exact) for corr in corrs]
+    # Summed in full precision whatever the inputs are; where the source side is not interpolated, written once.
+    grads = [
+        corr.new_empty(corr.shape, dtype=exact)
+        if grids[4 * s : 4 * s + 2] == out_grid
+        else corr.new_zeros(corr.shape, dtype=exact)
+        for s, corr in enumerate(corrs)
+    ]
     exact_x, exact_y = (table.to(exact).contiguous() for table in (x, y))
     grad_x, grad_y = exact_x.new_empty(x.shape), exact_y.new_empty(y.shape)
     grad_mapping = grad_mapping.contiguous()
