@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from timing import Peaks, measure_peaks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -66,6 +67,12 @@ def dtype(request: pytest.FixtureRequest, device: torch.device) -> torch.dtype:
 def batch_size(request: pytest.FixtureRequest, device: torch.device) -> int:
     """Pairs at once."""
     return request.config.getoption("--batch-size") or (16 if device.type == "cuda" else 1)
+
+
+@pytest.fixture(scope="session")
+def peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
+    """What the machine can do at most."""
+    return measure_peaks(device, dtype)
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lpmflow import ops
+
+Grid = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,13 @@ class Correlation:
         draws = (torch.randn(self.batch, count, self.heads, self.width, generator=generator) for count in tokens)
         return [x.to(device, dtype).transpose(1, 2) for x in draws]
 
-    def small(self, inputs: list[Tensor]) -> list[Tensor]:
-        """The first few tokens."""
-        return [x[:, :, :9] for x in inputs]
+    def small(self) -> Correlation:
+        """The same on a few tokens."""
+        return replace(self, n=9, m=9, batch=1)
 
     def run(self, inputs: list[Tensor], backend: str | None) -> tuple[Tensor, ...]:
-        """The op."""
-        return ops.correlation(*inputs, backend=backend)
+        """The operation on such inputs: what it returns that has a gradient."""
+        return ops.correlation(*inputs, prefix=self.prefix, backend=backend)
 
     def flops(self, *, backward: bool) -> int:
         """Multiplications and additions that must run: two products forward, five backward (one to have P again)."""
@@ -85,9 +87,9 @@ class WindowRefinement:
         table = torch.randn((2 * self.window - 1) ** 2, self.heads, generator=generator)
         return [qkv.to(device, dtype), table.to(device)]
 
-    def small(self, inputs: list[Tensor]) -> list[Tensor]:
-        """One window."""
-        return [inputs[0][:1, : self.window, : self.window], inputs[1]]
+    def small(self) -> WindowRefinement:
+        """The same on one window."""
+        return replace(self, height=self.window, width=self.window, batch=1)
 
     def run(self, inputs: list[Tensor], backend: str | None) -> tuple[Tensor, ...]:
         """The op."""
@@ -116,4 +118,66 @@ def window_refinement(batch: int = 1) -> list[WindowRefinement]:
         WindowRefinement("tiny 8", 96, 96, heads=3, head_width=16, window=8, batch=batch),
         WindowRefinement("tiny 4", 96, 96, heads=3, head_width=16, window=4, batch=batch),
         WindowRefinement("tiny superres", 24, 24, heads=6, head_width=32, window=4, batch=2 * batch),
+    ]
+
+
+@dataclass(frozen=True)
+class CrossScaleFusion:
+    """Correlation tensors of one or more scales to flow on the fine grid."""
+
+    name: str
+    scales: tuple[tuple[Grid, Grid], ...]
+    out: Grid
+    batch: int = 1
+    temperature: float = 0.02
+
+    def inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> list[Tensor]:
+        """The tensors, float32 as `correlation` leaves them whatever the model computes in, and the tables x and y."""
+        del dtype
+        generator = torch.Generator().manual_seed(seed)
+        sizes = ((self.batch, s[0] * s[1], t[0] * t[1]) for s, t in self.scales)
+        corrs = [0.3 * torch.rand(size, generator=generator) for size in sizes]
+        tables = (torch.linspace(-1, 1, side) for side in (self.out[1], self.out[0]))
+        return [x.to(device) for x in (*corrs, *tables)]
+
+    def small(self) -> CrossScaleFusion:
+        """The same on a few cells."""
+        return replace(self, scales=tuple(((1, 1), (1, 1)) for _ in self.scales), out=(2, 2), batch=1)
+
+    def run(self, inputs: list[Tensor], backend: str | None) -> tuple[Tensor, ...]:
+        """The operation on such inputs: the mapping."""
+        *corrs, x, y = inputs
+        mapping = ops.cross_scale_fusion(
+            corrs,
+            [source for source, _ in self.scales],
+            [target for _, target in self.scales],
+            out_grid=self.out,
+            temperature=self.temperature,
+            x=x,
+            y=y,
+            backend=backend,
+        )
+        assert isinstance(mapping, Tensor)
+        return (mapping,)
+
+    def flops(self, *, backward: bool) -> int:
+        """Of an interpolated entry: 6 for its interpolation, 20 for its exponential, 6 for the sums; backward again."""
+        entries = self.batch * len(self.scales) * (self.out[0] * self.out[1]) ** 2
+        return (72 if backward else 32) * entries
+
+    def bytes(self, dtype: torch.dtype, *, backward: bool) -> int:
+        """The tensors read once; backward read once more, and their gradients written."""
+        del dtype
+        entries = sum(s[0] * s[1] * t[0] * t[1] for s, t in self.scales)
+        return self.batch * entries * 4 * (3 if backward else 1)
+
+
+def cross_scale_fusion(batch: int = 1) -> list[CrossScaleFusion]:
+    """The base network's four tensors, one by one and together, and the tiny network's two."""
+    coarse, fine = (16, 16), (32, 32)
+    pairs = {"11": (coarse, coarse), "12": (coarse, fine), "21": (fine, coarse), "22": (fine, fine)}
+    return [
+        *(CrossScaleFusion(f"base {name}", (pair,), fine, batch) for name, pair in pairs.items()),
+        CrossScaleFusion("base", tuple(pairs.values()), fine, batch),
+        CrossScaleFusion("tiny", (((12, 12), (12, 12)), ((24, 24), (24, 24))), (24, 24), batch),
     ]

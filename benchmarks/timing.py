@@ -79,24 +79,26 @@ sys.path.insert(0, sys.argv[1])
 import shapes
 backend, backward = sys.argv[2], sys.argv[3] == "1"
 stage = next(stage for stage in getattr(shapes, sys.argv[4])() if stage.name == sys.argv[5])
-def run(inputs):
+def run(stage, inputs):
+    inputs = [x.detach().requires_grad_(backward) for x in inputs]
+    outputs = stage.run(inputs, backend)
+    kept = [*outputs]
     if backward:
-        inputs = [x.detach().requires_grad_() for x in inputs]
-    results = [*stage.run(inputs, backend)]
-    if backward:
-        torch.autograd.backward(results, [torch.ones_like(x) for x in results])
-        results += [torch.ones_like(x) for x in results] + [x.grad for x in inputs]
-    return results
+        ones = [torch.ones_like(x) for x in outputs]
+        kept += [*ones, *torch.autograd.grad(outputs, inputs, ones)]
+    return kept
 def resident(field):
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith(field)) * 1024
-run(stage.small(stage.inputs(torch.float32, torch.device("cpu"))))  # threads and libraries are not what is measured
-inputs = stage.inputs(torch.float32, torch.device("cpu"))
+device = torch.device("cpu")
+small = stage.small()
+run(small, small.inputs(torch.float32, device))  # threads and libraries are not what is measured
+inputs = stage.inputs(torch.float32, device)
 before = resident("VmRSS")
 with open("/proc/self/clear_refs", "w") as file:
     file.write("5")
-results = run(inputs)  # outputs, the gradients given for them, and ours
-print(resident("VmHWM") - before - sum(x.numel() * x.element_size() for x in results))
+kept = run(stage, inputs)
+print(resident("VmHWM") - before - sum(x.numel() * x.element_size() for x in kept))
 """
 
 

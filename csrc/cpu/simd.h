@@ -29,10 +29,10 @@ struct Simd<float> {
   using Bits = IntVec;
   static constexpr int kLanes = LPMFLOW_VECTOR_BYTES / 4;
   static constexpr int kMantissa = 23;
-  static constexpr int kTaylor = 7;  // r^8 / 8! < 6e-9 for |r| <= ln 2 / 2
-  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  static constexpr float kLowest = -87.3f;  // e^x is normal above
+  static constexpr float kBias = 127, kRound = 12582912;  // 1.5 * 2^23: adding it rounds to an integer
+  // 2^f for |f| <= 1/2, to 5e-9: through 1 at 0, interpolated at Chebyshev's nodes.
+  static constexpr float kPower[] = {1, 0.69314718802622878f,  0.24022650760568127f,   0.055503571142190779f,
+                                     0.0096180825572778515f, 0.0013390863364671234f, 0.00015453162945120690f};
 };
 
 template <>
@@ -41,10 +41,20 @@ struct Simd<double> {
   using Bits = LongVec;
   static constexpr int kLanes = LPMFLOW_VECTOR_BYTES / 8;
   static constexpr int kMantissa = 52;
-  static constexpr int kTaylor = 13;  // r^14 / 14! < 5e-18
-  static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
-  static constexpr double kLn2High = 0.693147180369123816490, kLn2Low = 1.90821492927058770002e-10;
-  static constexpr double kLowest = -708.3;
+  static constexpr double kBias = 1023, kRound = 6755399441055744;  // 1.5 * 2^52
+  // To 9e-18.
+  static constexpr double kPower[] = {1,
+                                      0.69314718055994530942,
+                                      0.24022650695910098220,
+                                      0.055504108664821594339,
+                                      0.0096181291076068885273,
+                                      0.0013333558146416935310,
+                                      0.00015403530441736050155,
+                                      1.5252733829836118394e-5,
+                                      1.3215442587921689653e-6,
+                                      1.0178062445845773521e-7,
+                                      7.0725859492692236999e-9,
+                                      4.4549605981865183938e-10};
 };
 
 template <class T>
@@ -72,34 +82,31 @@ inline T sum(typename Simd<T>::Vec x) {
   return x[0];
 }
 
-constexpr double reciprocal_factorial(int n) { return n < 2 ? 1.0 : reciprocal_factorial(n - 1) / n; }
-
-// e^x for x <= 0, to about one unit in the last place; 0 where the result would not be a normal number; NaN stays NaN.
+// 2^x for x <= 0; 0 where the result would not be a normal number; NaN stays NaN.
 //
-// x = n ln 2 + r with |r| <= ln 2 / 2; e^r by its Taylor series; 2^n by adding n to the exponent bits. The low bits of
-// x / ln 2 + kRound hold n as an integer.
+// x = n + f with |f| <= 1/2; 2^f is a polynomial, and 2^n has n + bias for its exponent bits, which is what the low bits
+// of x + kRound + kBias hold. At the lower bound those bits are 0, and so is the factor.
 template <class T>
-inline typename Simd<T>::Vec exp_nonpositive(typename Simd<T>::Vec x) {
+inline typename Simd<T>::Vec exp2_nonpositive(typename Simd<T>::Vec x) {
   using S = Simd<T>;
   using Vec = typename S::Vec;
-  using Bits = typename S::Bits;
-  const Vec zero = {};
-  const Vec bounded = x < zero + S::kLowest ? zero + S::kLowest : x;
-  const Vec shifted = bounded * T(1.44269504088896340736) + S::kRound;
-  const Vec n = shifted - S::kRound;
-  const Vec r = (bounded - n * S::kLn2High) - n * S::kLn2Low;
-  Vec p = zero + T(reciprocal_factorial(S::kTaylor));
+  typename S::Bits bits;
+  const Vec zero = {}, lowest = zero - S::kBias;
+  const Vec bounded = lowest > x ? lowest : x;  // x where it is NaN
+  const Vec shifted = bounded + (S::kRound + S::kBias);
+  const Vec f = bounded - (shifted - (S::kRound + S::kBias));
+  constexpr int kDegree = sizeof(S::kPower) / sizeof(T) - 1;
+  Vec p = zero + S::kPower[kDegree];
 #pragma GCC unroll 16
-  for (int k = S::kTaylor - 1; k >= 0; --k) p = p * r + T(reciprocal_factorial(k));
-  Bits exponent, bits;
-  std::memcpy(&exponent, &shifted, sizeof exponent);
-  std::memcpy(&bits, &p, sizeof bits);
-  bits += exponent << S::kMantissa;
-  Vec result;
-  std::memcpy(&result, &bits, sizeof result);
-  const Vec flushed = x < zero + S::kLowest ? zero : result;
-  return x == x ? flushed : x;  // the arithmetic on the bits may have made a number of a NaN
+  for (int k = kDegree - 1; k >= 0; --k) p = p * f + S::kPower[k];
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits <<= S::kMantissa;
+  Vec power;
+  std::memcpy(&power, &bits, sizeof power);
+  return p * power;
 }
+
+constexpr double kLog2E = 1.44269504088896340736;
 
 }  // namespace LPMFLOW_ISA
 }  // namespace lpmflow

@@ -32,7 +32,7 @@ class Fusion {
 
  private:
   void cell(int64_t b, int64_t r, int64_t c) {
-    const T top = row_.make(b, r, c), cold = T(1 / op_.temperature);
+    const T top = row_.make(b, r, c), exponent = T(kLog2E / op_.temperature);
     const T *u = row_.u(), *y = static_cast<const T*>(op_.y), *valid = row_.valid();
     const int64_t width = row_.width();
     T* columns = columns_.get();
@@ -40,7 +40,7 @@ class Fusion {
     Vec by_line = {};
     for (int64_t i = 0; i < op_.h; ++i, u += width) {
       for (int64_t j = 0; j < width; j += kLanes) {
-        const Vec p = exp_nonpositive<T>((load(u + j) - top) * cold) * load(valid + j);
+        const Vec p = exp2_nonpositive<T>((load(u + j) - top) * exponent) * load(valid + j);
         store(columns + j, load(columns + j) + p);
         by_line += p * y[i];
       }
@@ -181,7 +181,7 @@ class FusionBackward {
     const int64_t cells = op_.h * op_.w, first = (b * op_.scales + index_) * cells, at = r * op_.w + c;
     const T *grad = static_cast<const T*>(back_.grad_mapping) + 2 * first + at, *y = static_cast<const T*>(op_.y);
     const T *mean = static_cast<const T*>(op_.mapping) + 2 * first + at, *valid = row_.valid();
-    const T gx = grad[0], gy = grad[cells], cold = T(1 / op_.temperature);
+    const T gx = grad[0], gy = grad[cells], cold = T(1 / op_.temperature), exponent = T(kLog2E / op_.temperature);
     const T inverse = static_cast<const T*>(op_.confidence)[first + at];
     const T top = static_cast<const T*>(op_.largest)[first + at];
     const int64_t width = row_.width();
@@ -193,7 +193,7 @@ class FusionBackward {
       const T y_pull = (y[i] - mean[cells]) * (gy * cold);
       Vec line = {};
       for (int64_t j = 0; j < width; j += kLanes) {
-        const Vec p = exp_nonpositive<T>((load(u + j) - top) * cold) * (load(valid + j) * inverse);
+        const Vec p = exp2_nonpositive<T>((load(u + j) - top) * exponent) * (load(valid + j) * inverse);
         store(u + j, p * (load(pull + j) + y_pull));
         store(grad_x + j, load(grad_x + j) + p * gx);
         line += p;
