@@ -36,7 +36,7 @@ void exponentiate(T* logits, int64_t rows, int64_t columns, int64_t row_length, 
     for (int lane = 1; lane < kLanes; ++lane) top = highest[lane] > top ? highest[lane] : top;
     Vec total = {};
     for (int64_t j = 0; j < row_length; j += kLanes) {
-      const Vec e = exp2_nonpositive<T>((load(row + j) - top) * T(kLog2E));
+      const Vec e = exp_nonpositive<T>(load(row + j) - top);
       store(row + j, e);
       total += e;
     }

@@ -69,6 +69,18 @@ inline void store(T* to, typename Simd<T>::Vec x) {
   std::memcpy(to, &x, sizeof x);
 }
 
+// The lanes of x at `places`.
+template <class T>
+inline typename Simd<T>::Vec pick(typename Simd<T>::Vec x, typename Simd<T>::Bits places) {
+#if defined(__clang__)
+  typename Simd<T>::Vec picked;
+  for (int lane = 0; lane < Simd<T>::kLanes; ++lane) picked[lane] = x[places[lane]];
+  return picked;
+#else
+  return __builtin_shuffle(x, places);
+#endif
+}
+
 // In halves, as a tree.
 template <class T>
 inline T sum(typename Simd<T>::Vec x) {
@@ -77,7 +89,7 @@ inline T sum(typename Simd<T>::Vec x) {
   for (int half = kLanes / 2; half > 0; half /= 2) {
     typename Simd<T>::Bits other;
     for (int lane = 0; lane < kLanes; ++lane) other[lane] = lane ^ half;
-    x += __builtin_shuffle(x, other);
+    x += pick<T>(x, other);
   }
   return x[0];
 }
@@ -107,6 +119,11 @@ inline typename Simd<T>::Vec exp2_nonpositive(typename Simd<T>::Vec x) {
 }
 
 constexpr double kLog2E = 1.44269504088896340736;
+
+template <class T>
+inline typename Simd<T>::Vec exp_nonpositive(typename Simd<T>::Vec x) {
+  return exp2_nonpositive<T>(x * T(kLog2E));
+}
 
 }  // namespace LPMFLOW_ISA
 }  // namespace lpmflow

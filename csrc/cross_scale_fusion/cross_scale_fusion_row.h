@@ -168,8 +168,8 @@ class FusionRow {
         Vec a, b;
         if (narrow_) {
           const Vec all = load(from);
-          a = __builtin_shuffle(all, low);
-          b = __builtin_shuffle(all, high);
+          a = pick<T>(all, low);
+          b = pick<T>(all, high);
         } else {
           for (int lane = 0; lane < kLanes; ++lane) {
             a[lane] = from[low[lane]];
