@@ -139,6 +139,43 @@ int window_refinement_backward(const py::tuple& sizes, double scale, int dtype, 
   return kernels().window_refinement_backward(op);
 }
 
+// sizes: B, H, D, prefix, and height and width of the source and of the target grid.
+RegionAttentionShape region_shape(const py::tuple& sizes, double scale, int dtype, int threads) {
+  int64_t size[8];
+  for (int i = 0; i < 8; ++i) size[i] = sizes[i].cast<int64_t>();
+  return {size[0], size[1], size[2], size[3], {size[4], size[6]}, {size[5], size[7]}, scale, static_cast<Dtype>(dtype),
+          threads};
+}
+
+int region_attention_forward(const py::tuple& sizes, double scale, int dtype, int threads, Address q,
+                             const py::tuple& q_strides, Address k, const py::tuple& k_strides, Address v,
+                             const py::tuple& v_strides, Address table, Address attended) {
+  const RegionAttentionForward op{region_shape(sizes, scale, dtype, threads), rows(q, q_strides), rows(k, k_strides),
+                                  rows(v, v_strides), reinterpret_cast<const void*>(table),
+                                  reinterpret_cast<void*>(attended)};
+  py::gil_scoped_release released;
+  return kernels().region_attention_forward(op);
+}
+
+int region_attention_backward(const py::tuple& sizes, double scale, int dtype, int threads, Address q,
+                              const py::tuple& q_strides, Address k, const py::tuple& k_strides, Address v,
+                              const py::tuple& v_strides, Address table, Address grad_attended,
+                              const py::tuple& grad_attended_strides, Address grad_q, Address grad_k, Address grad_v,
+                              Address grad_table) {
+  const RegionAttentionBackward op{region_shape(sizes, scale, dtype, threads),
+                                   rows(q, q_strides),
+                                   rows(k, k_strides),
+                                   rows(v, v_strides),
+                                   reinterpret_cast<const void*>(table),
+                                   rows(grad_attended, grad_attended_strides),
+                                   reinterpret_cast<void*>(grad_q),
+                                   reinterpret_cast<void*>(grad_k),
+                                   reinterpret_cast<void*>(grad_v),
+                                   reinterpret_cast<void*>(grad_table)};
+  py::gil_scoped_release released;
+  return kernels().region_attention_backward(op);
+}
+
 #if !defined(LPMFLOW_NO_CUDA)
 void read_strides(int64_t (&to)[3], const py::tuple& strides) {
   for (int axis = 0; axis < 3; ++axis) to[axis] = strides[axis].cast<int64_t>();
@@ -210,6 +247,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("cross_scale_fusion_backward", &cross_scale_fusion_backward);
   m.def("window_refinement_forward", &window_refinement_forward);
   m.def("window_refinement_backward", &window_refinement_backward);
+  m.def("region_attention_forward", &region_attention_forward);
+  m.def("region_attention_backward", &region_attention_backward);
 #if !defined(LPMFLOW_NO_CUDA)
   m.def("correlation_forward_cuda", &correlation_forward_on_cuda);
 #endif

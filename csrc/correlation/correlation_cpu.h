@@ -10,6 +10,7 @@
 #include "../cpu/buffer.h"
 #include "../cpu/element.h"
 #include "../cpu/gemm.h"
+#include "../cpu/softmax.h"
 #include "correlation.h"
 
 namespace lpmflow {
@@ -17,33 +18,6 @@ namespace LPMFLOW_ISA {
 
 constexpr int64_t kQueryRows = 48;          // logits of 48 x 1025 float32 are 200 KB
 constexpr int64_t kPackedBytes = 32 << 20;  // keys and values packed at once, when the batch is large
-
-// Row-wise softmax of `rows` x `columns` logits in place: each row holds e^(x - max), and inverse[i] one over its sum.
-// The rest of each row, up to whole panels, becomes 0.
-template <class T>
-void exponentiate(T* logits, int64_t rows, int64_t columns, int64_t row_length, T* inverse) {
-  using Vec = typename Simd<T>::Vec;
-  constexpr int kLanes = Simd<T>::kLanes;
-  for (int64_t i = 0; i < rows; ++i) {
-    T* row = logits + i * row_length;
-    for (int64_t j = columns; j < row_length; ++j) row[j] = -__builtin_huge_val();
-    Vec highest = load(row);
-    for (int64_t j = kLanes; j < row_length; j += kLanes) {
-      const Vec x = load(row + j);
-      highest = x > highest ? x : highest;
-    }
-    T top = highest[0];
-    for (int lane = 1; lane < kLanes; ++lane) top = highest[lane] > top ? highest[lane] : top;
-    Vec total = {};
-    for (int64_t j = 0; j < row_length; j += kLanes) {
-      const Vec e = exp_nonpositive<T>(load(row + j) - top);
-      store(row + j, e);
-      total += e;
-    }
-    for (int64_t j = columns; j < row_length; ++j) row[j] = 0;
-    inverse[i] = T(1) / sum<T>(total);
-  }
-}
 
 template <class In, class T>
 int forward(const CorrelationForward& op) {
@@ -157,7 +131,10 @@ class BackwardBlock {
       multiply<T>(rows, s_.m, s_.width, {grad_, s_.width, 1}, value_columns_, ds_, keys_);
       pack_rows<T>(grad, op_.grad_attended.token, rows, s_.width, grad_packed_);
     }
-    for (int64_t i = 0; i < rows; ++i) softmax_backward(start + i, p_ + i * keys_, ds_ + i * keys_, inverse_[i], values);
+    for (int64_t i = 0; i < rows; ++i) {
+      add_grad_corr(start + i, ds_ + i * keys_, values);
+      softmax_backward<T>(p_ + i * keys_, ds_ + i * keys_, keys_, inverse_[i]);
+    }
     multiply<T>(rows, s_.width, s_.m, {ds_, keys_, 1}, key_rows_, result_, width_);
     In* grad_q = static_cast<In*>(op_.grad_q) + ((b_ * s_.heads + h_) * s_.n + start) * s_.width;
     for (int64_t i = 0; i < rows; ++i) {
@@ -169,27 +146,16 @@ class BackwardBlock {
   }
 
  private:
-  // p: e^(x - max) -> P. ds: grad_attended . v -> dS.
-  void softmax_backward(int64_t row, T* p, T* ds, T inverse, bool values) const {
-    using Vec = typename Simd<T>::Vec;
-    constexpr int kLanes = Simd<T>::kLanes;
+  // ds: grad_attended . v, when there are `values` -> dP.
+  void add_grad_corr(int64_t row, T* ds, bool values) const {
     if (!values) {
       for (int64_t j = 0; j < keys_; ++j) ds[j] = 0;
     }
-    if (op_.grad_corr != nullptr && row >= s_.prefix) {
-      const T* grad = static_cast<const T*>(op_.grad_corr) + b_ * op_.grad_corr_batch +
-                      (row - s_.prefix) * op_.grad_corr_row;
-      T* to = ds + s_.prefix;
-      for (int64_t j = 0; j < s_.m - s_.prefix; ++j) to[j] += grad[j];
-    }
-    Vec total = {};
-    for (int64_t j = 0; j < keys_; j += kLanes) {
-      const Vec x = load(p + j) * inverse;
-      store(p + j, x);
-      total += x * load(ds + j);
-    }
-    const T delta = sum<T>(total);
-    for (int64_t j = 0; j < keys_; j += kLanes) store(ds + j, load(p + j) * (load(ds + j) - delta));
+    if (op_.grad_corr == nullptr || row < s_.prefix) return;
+    const T* grad =
+        static_cast<const T*>(op_.grad_corr) + b_ * op_.grad_corr_batch + (row - s_.prefix) * op_.grad_corr_row;
+    T* to = ds + s_.prefix;
+    for (int64_t j = 0; j < s_.m - s_.prefix; ++j) to[j] += grad[j];
   }
 
   const CorrelationBackward& op_;

@@ -2,6 +2,7 @@
 // may run before it is known that the machine has the instructions, so there are no objects to initialise.
 #include "../correlation/correlation_cpu.h"
 #include "../cross_scale_fusion/cross_scale_fusion_cpu.h"
+#include "../region_attention/region_attention_cpu.h"
 #include "../window_refinement/window_refinement_cpu.h"
 
 namespace lpmflow {
@@ -13,6 +14,8 @@ int run_cross_scale_fusion_forward(const CrossScaleFusion& op) { return cross_sc
 int run_cross_scale_fusion_backward(const CrossScaleFusionBackward& op) { return cross_scale_fusion_backward(op); }
 int run_window_refinement_forward(const WindowForward& op) { return window_refinement_forward(op); }
 int run_window_refinement_backward(const WindowBackward& op) { return window_refinement_backward(op); }
+int run_region_attention_forward(const RegionAttentionForward& op) { return region_attention_forward(op); }
+int run_region_attention_backward(const RegionAttentionBackward& op) { return region_attention_backward(op); }
 
 }  // namespace LPMFLOW_ISA
 }  // namespace lpmflow

@@ -8,6 +8,8 @@ namespace lpmflow {
   int run_correlation_backward(const CorrelationBackward& op);             \
   int run_cross_scale_fusion_forward(const CrossScaleFusion& op);          \
   int run_cross_scale_fusion_backward(const CrossScaleFusionBackward& op); \
+  int run_region_attention_forward(const RegionAttentionForward& op);      \
+  int run_region_attention_backward(const RegionAttentionBackward& op);    \
   int run_window_refinement_forward(const WindowForward& op);              \
   int run_window_refinement_backward(const WindowBackward& op);            \
   }
@@ -17,6 +19,7 @@ namespace lpmflow {
     #isa, supported,                                                           \
     isa::run_correlation_forward, isa::run_correlation_backward,               \
     isa::run_cross_scale_fusion_forward, isa::run_cross_scale_fusion_backward, \
+    isa::run_region_attention_forward, isa::run_region_attention_backward,     \
     isa::run_window_refinement_forward, isa::run_window_refinement_backward    \
   }
 

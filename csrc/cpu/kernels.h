@@ -3,6 +3,7 @@
 
 #include "../correlation/correlation.h"
 #include "../cross_scale_fusion/cross_scale_fusion.h"
+#include "../region_attention/region_attention.h"
 #include "../window_refinement/window_refinement.h"
 
 namespace lpmflow {
@@ -14,6 +15,8 @@ struct CpuKernels {
   int (*correlation_backward)(const CorrelationBackward&);
   int (*cross_scale_fusion_forward)(const CrossScaleFusion&);
   int (*cross_scale_fusion_backward)(const CrossScaleFusionBackward&);
+  int (*region_attention_forward)(const RegionAttentionForward&);
+  int (*region_attention_backward)(const RegionAttentionBackward&);
   int (*window_refinement_forward)(const WindowForward&);
   int (*window_refinement_backward)(const WindowBackward&);
 };

@@ -18,7 +18,7 @@ BACKENDS = ("reference", "native", "triton")
 OPS = ("correlation", "cross_scale_fusion", "window_refinement", "region_attention")
 
 # Backend -> the ops it has.
-KERNELS = {"native": ("correlation", "cross_scale_fusion", "window_refinement"), "triton": ("correlation",)}
+KERNELS = {"native": OPS, "triton": ("correlation",)}
 
 # The automatic choice: (op, device type) -> the backends worth trying, best first. Measured by `pytest benchmarks/`;
 # the reference is always the last. A CUDA kernel enters only with a record of its tests on real hardware, which
@@ -27,6 +27,7 @@ FASTEST: dict[tuple[str, str], tuple[str, ...]] = {
     ("correlation", "cpu"): ("native",),
     ("cross_scale_fusion", "cpu"): ("native",),
     ("window_refinement", "cpu"): ("native",),
+    ("region_attention", "cpu"): ("native",),
 }
 
 _MODULES = {"native": "lpmflow_kernels.native", "triton": "lpmflow_kernels"}

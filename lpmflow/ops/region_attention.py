@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lpmflow import reference
 from lpmflow.ops._autocast import without_autocast
+from lpmflow.ops._autodiff import NO_TANGENT, has_tangent
 from lpmflow.ops._backends import choose
 from lpmflow.ops._checks import check_count, check_grid, check_like, check_shape, check_tensor
 
@@ -38,6 +39,9 @@ def region_attention(
     Returns:
         (B, H, N, D) in q's dtype, differentiable in q, k, v and bias_table. Autocast does not reach inside.
 
+    The backends other than "reference" have first derivatives only, backward-mode, and no `torch.func.vmap`, as in
+    `correlation`, and never hold an N x N matrix.
+
     Raises TypeError or ValueError naming the argument, RuntimeError when the named backend cannot run.
     """
     source = check_grid(OP, "source_grid", source_grid)
@@ -55,6 +59,23 @@ def region_attention(
     check_shape(OP, "bias_table", bias_table, (q.shape[1], columns))
     if bias_table.device != q.device:
         raise ValueError(f"{OP}: bias_table must be on q's device {q.device}, got {bias_table.device}")
-    choose(OP, backend, q.device.type, lambda name: None)
+    chosen = choose(OP, backend, q.device.type, lambda name: _why_not(name, q, k, v, bias_table))
+    run = reference.region_attention
+    if chosen == "native":
+        from lpmflow_kernels.native import region_attention as native
+
+        run = native.region_attention
     with without_autocast(q.device):
-        return reference.region_attention(q, k, v, bias_table, source_grid=source, target_grid=target, prefix=prefix)
+        return run(q, k, v, bias_table, source_grid=source, target_grid=target, prefix=prefix)
+
+
+def _why_not(backend: str, q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor) -> str | None:
+    """None when an installed backend can compute with tensors like these, else the reason in one sentence."""
+    if backend != "reference" and has_tangent(q, k, v, bias_table):
+        return NO_TANGENT
+    reason: str | None = None
+    if backend == "native":
+        from lpmflow_kernels.native import region_attention as native
+
+        reason = native.why_not(q)
+    return reason

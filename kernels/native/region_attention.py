@@ -1,0 +1,115 @@
+"""`region_attention` by the native module: the operators `lpmflow::region_attention_native` and its backward.
+
+The arithmetic and its contract are in csrc/region_attention. The backward computes the probabilities anew, so nothing
+but the inputs is kept for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lpmflow_kernels.native import DTYPES, check, dense_rows, loaded, why_not_on_cpu
+from lpmflow_kernels.native._register import Operator, register
+
+OP = "region_attention"
+Grid = tuple[int, int]
+
+
+def why_not(q: Tensor) -> str | None:
+    """None when tensors like `q` can be computed here, else the reason in one sentence."""
+    return why_not_on_cpu("q", q)
+
+
+def region_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor, *, source_grid: Grid, target_grid: Grid, prefix: int
+) -> Tensor:
+    """`lpmflow.ops.region_attention` of checked arguments."""
+    attended: Tensor = torch.ops.lpmflow.region_attention_native(
+        q, k, v, bias_table, [*source_grid, *target_grid], prefix
+    )
+    return attended
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor, grids: list[int], prefix: int) -> Tensor:
+    attended = _output(q, k, v, bias_table, grids, prefix)
+    if attended.numel() == 0:
+        return attended
+    q, k, v = (dense_rows(x) for x in (q, k, v))
+    table = _exact(bias_table, q)
+    status = loaded(OP).region_attention_forward(
+        *_shape(q, grids, prefix), *_rows(q), *_rows(k), *_rows(v), table.data_ptr(), attended.data_ptr()
+    )
+    check(OP, status)
+    return attended
+
+
+def _output(q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor, grids: list[int], prefix: int) -> Tensor:
+    """(B, H, N, D) with the heads inside the tokens, so that joining them copies nothing."""
+    batch, heads, tokens, width = q.shape
+    return q.new_empty((batch, tokens, heads, width)).transpose(1, 2)
+
+
+def _backward(
+    grad_attended: Tensor, q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor, grids: list[int], prefix: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if q.numel() == 0:
+        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape), bias_table.new_zeros(bias_table.shape)
+    grad_q, grad_k, grad_v, _ = _grads(grad_attended, q, k, v, bias_table, grids, prefix)
+    # Held here until the call is over: what is not dense is copied.
+    grad, q, k, v = (dense_rows(x) for x in (grad_attended, q, k, v))
+    table = _exact(bias_table, q)
+    grad_table = table.new_empty(table.shape)
+    status = loaded(OP).region_attention_backward(
+        *_shape(q, grids, prefix),
+        *_rows(q),
+        *_rows(k),
+        *_rows(v),
+        table.data_ptr(),
+        *_rows(grad),
+        *(x.data_ptr() for x in (grad_q, grad_k, grad_v, grad_table)),
+    )
+    check(OP, status)
+    return grad_q, grad_k, grad_v, grad_table.to(bias_table.dtype)
+
+
+def _grads(
+    grad_attended: Tensor, q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor, grids: list[int], prefix: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), bias_table.new_empty(bias_table.shape)
+
+
+def _exact(bias_table: Tensor, q: Tensor) -> Tensor:
+    """The table in the type sums are formed in, dense."""
+    return bias_table.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
+
+
+def _shape(q: Tensor, grids: list[int], prefix: int) -> tuple[Any, ...]:
+    batch, heads, _, width = q.shape
+    return (batch, heads, width, prefix, *grids), width**-0.5, DTYPES[q.dtype], torch.get_num_threads()
+
+
+def _rows(x: Tensor) -> tuple[int, tuple[int, ...]]:
+    return x.data_ptr(), x.stride()[:3]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, v, bias_table, ctx.grids, ctx.prefix = inputs
+    ctx.save_for_backward(q, k, v, bias_table)
+
+
+def _differentiate(ctx: Any, grad_attended: Tensor) -> tuple[Any, ...]:
+    backward = torch.ops.lpmflow.region_attention_native_backward
+    return (*backward(grad_attended, *ctx.saved_tensors, ctx.grids, ctx.prefix), None, None)
+
+
+_ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor bias_table, SymInt[] grids, SymInt prefix"
+register(
+    OP,
+    Operator(f"({_ARGUMENTS}) -> Tensor", {"CPU": _forward}, _output),
+    Operator(f"(Tensor grad_attended, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)", {"CPU": _backward}, _grads),
+    save=_save,
+    differentiate=_differentiate,
+)
