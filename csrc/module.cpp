@@ -64,7 +64,8 @@ int correlation_backward(const py::tuple& sizes, int64_t prefix, double scale, i
   return kernels().correlation_backward(op);
 }
 
-// scales: a list of (corr, batch stride, row stride, hs, ws, ht, wt, grad); the result points into `kept`.
+// scales: a list of (corr, batch stride, row stride, hs, ws, ht, wt, first line, lines, grad); sizes: batch, h, w, first
+// row, rows. The result points into `kept`.
 CrossScaleFusion fusion(std::vector<FusionScale>& kept, const py::list& scales, const py::tuple& sizes,
                         double temperature, int dtype, int threads, Address x, Address y, Address mapping,
                         Address confidence, Address largest) {
@@ -72,13 +73,15 @@ CrossScaleFusion fusion(std::vector<FusionScale>& kept, const py::list& scales, 
     const py::tuple s = py::cast<py::tuple>(item);
     kept.push_back({reinterpret_cast<const void*>(s[0].cast<Address>()), s[1].cast<int64_t>(), s[2].cast<int64_t>(),
                     s[3].cast<int64_t>(), s[4].cast<int64_t>(), s[5].cast<int64_t>(), s[6].cast<int64_t>(),
-                    reinterpret_cast<void*>(s[7].cast<Address>())});
+                    s[7].cast<int64_t>(), s[8].cast<int64_t>(), reinterpret_cast<void*>(s[9].cast<Address>())});
   }
   return {kept.data(),
           int64_t(kept.size()),
           sizes[0].cast<int64_t>(),
           sizes[1].cast<int64_t>(),
           sizes[2].cast<int64_t>(),
+          sizes[3].cast<int64_t>(),
+          sizes[4].cast<int64_t>(),
           temperature,
           static_cast<Dtype>(dtype),
           threads,

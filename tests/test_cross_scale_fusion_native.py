@@ -235,12 +235,19 @@ def test_opcheck():
     case = CASES[3]
     corrs, x, y = inputs(case)
     grids = [side for pair in case[1] for grid in pair for side in grid]
-    arguments = ([c.requires_grad_() for c in corrs], grids, [6, 10], 0.1, x.requires_grad_(), y.requires_grad_())
+    arguments = (
+        [c.requires_grad_() for c in corrs],
+        grids,
+        [6, 10, 0, 0, 6],
+        0.1,
+        x.requires_grad_(),
+        y.requires_grad_(),
+    )
     torch.library.opcheck(torch.ops.lpmflow.cross_scale_fusion_native.default, arguments)
     with torch.no_grad():
         outputs = torch.ops.lpmflow.cross_scale_fusion_native(*arguments)
     corrs, x, y = [c.detach() for c in corrs], x.detach(), y.detach()
-    arguments = (torch.randn(outputs[0].shape), corrs, grids, [6, 10], 0.1, x, y, *outputs)
+    arguments = (torch.randn(outputs[0].shape), corrs, grids, [6, 10, 0, 0, 6], 0.1, x, y, *outputs)
     torch.library.opcheck(torch.ops.lpmflow.cross_scale_fusion_native_backward.default, arguments)
 
 

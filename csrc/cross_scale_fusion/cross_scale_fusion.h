@@ -8,6 +8,9 @@
 // corr_s is (B, hs ws, ht wt) of element type `dtype`, its last dimension dense; both output grids are (h, w). A side
 // whose grid is (h, w) already is not interpolated. x is (w), y is (h). Everything but corr is float32 (float64 for
 // float64), and contiguous. No buffer is larger than one row of u.
+//
+// A part of the output lines can be computed from a part of the coarse lines, of which it must have all that belong to
+// these output lines (and, where the source side is not interpolated, no others).
 #pragma once
 
 #include <cstdint>
@@ -21,17 +24,19 @@ struct FusionScale {
   const void* corr;
   int64_t batch, row;  // strides in elements
   int64_t hs, ws, ht, wt;
-  void* grad;  // backward: (B, hs ws, ht wt) contiguous, zeros unless the source grid is (h, w)
+  int64_t first_line, lines;  // of the source grid, that corr begins with and has
+  void* grad;  // backward: (B, lines ws, ht wt) contiguous, zeros unless the source grid is (h, w)
 };
 
 struct CrossScaleFusion {
   const FusionScale* scale;
   int64_t scales, batch, h, w;
+  int64_t first_row, rows;  // of the output source grid: what is computed
   double temperature;
   Dtype dtype;
   int threads;
   const void *x, *y;
-  // (B, S, 2, h, w), (B, S, h, w), (B, S, h, w): written by the forward, read by the backward.
+  // (B, S, 2, rows, w), (B, S, rows, w), (B, S, rows, w): written by the forward, read by the backward.
   void *mapping, *confidence, *largest;
 };
 
@@ -40,7 +45,7 @@ struct CrossScaleFusion {
 // any number of threads.
 struct CrossScaleFusionBackward {
   CrossScaleFusion op;
-  const void* grad_mapping;  // (B, S, 2, h, w)
+  const void* grad_mapping;  // (B, S, 2, rows, w)
   void *grad_x, *grad_y;     // (w), (h)
 };
 

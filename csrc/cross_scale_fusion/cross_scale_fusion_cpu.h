@@ -26,6 +26,7 @@ class Fusion {
     row_.begin_scale(s);
   }
 
+  // Output line `r` of the whole grid.
   void run(int64_t b, int64_t r) {
     for (int64_t c = 0; c < op_.w; ++c) cell(b, r, c);
   }
@@ -51,7 +52,8 @@ class Fusion {
       by_column += load(columns + j) * load(row_.x() + j);
     }
     const T inverse = 1 / sum<T>(total);
-    const int64_t cells = op_.h * op_.w, first = (b * op_.scales + index_) * cells, at = r * op_.w + c;
+    const int64_t cells = op_.rows * op_.w, first = (b * op_.scales + index_) * cells;
+    const int64_t at = (r - op_.first_row) * op_.w + c;
     static_cast<T*>(op_.mapping)[2 * first + at] = sum<T>(by_column) * inverse;
     static_cast<T*>(op_.mapping)[2 * first + cells + at] = sum<T>(by_line) * inverse;
     static_cast<T*>(op_.confidence)[first + at] = inverse;  // the largest probability is that of u = top
@@ -114,19 +116,20 @@ class FusionBackward {
   void run(int64_t b, int64_t coarse, T* grad_x, T* grad_y) {
     const FusionScale& scale = row_.scale();
     const int64_t size = scale.ht * scale.wt, cell_lines = scale.ht * row_.width();
-    T* grad = static_cast<T*>(scale.grad) + b * scale.hs * scale.ws * size;
+    const int64_t line = coarse - scale.first_line;
+    T* grad = static_cast<T*>(scale.grad) + b * scale.lines * scale.ws * size;
     for (int64_t i = 0; i < op_.h; ++i) store(line_sums_ + i * kLanes, Vec{});
     if (row_.whole_source()) {
       for (int64_t c = 0; c < op_.w; ++c) {
         logits(b, coarse, c, grad_x);
         gather(lines_.get());
-        flush<false>(lines_.get(), grad + (coarse * op_.w + c) * size);
+        flush<false>(lines_.get(), grad + (line * op_.w + c) * size);
       }
       return sum_lines(grad_y);
     }
     const Axis<T> lines(scale.hs, op_.h), columns(scale.ws, op_.w);
     bool any = false;
-    for (int64_t r = 0; r < op_.h; ++r) {
+    for (int64_t r = op_.first_row; r < op_.first_row + op_.rows; ++r) {
       if (lines.low(r) != coarse) continue;
       if (!any) {
         for (int64_t x = 0; x < 2 * scale.ws * cell_lines; ++x) lines_.get()[x] = 0;
@@ -141,9 +144,9 @@ class FusionBackward {
     }
     sum_lines(grad_y);
     if (!any) return;
-    const int64_t below = coarse + 1 < scale.hs ? coarse + 1 : coarse;
+    const int64_t below = line + 1 < scale.lines ? line + 1 : line;
     for (int64_t c = 0; c < scale.ws; ++c) {
-      flush<true>(lines_.get() + c * cell_lines, grad + (coarse * scale.ws + c) * size);
+      flush<true>(lines_.get() + c * cell_lines, grad + (line * scale.ws + c) * size);
       flush<true>(lines_.get() + (scale.ws + c) * cell_lines, grad + (below * scale.ws + c) * size);
     }
   }
@@ -178,7 +181,8 @@ class FusionBackward {
 
   // Replaces the row's u by the gradient of u.
   void logits(int64_t b, int64_t r, int64_t c, T* grad_x) {
-    const int64_t cells = op_.h * op_.w, first = (b * op_.scales + index_) * cells, at = r * op_.w + c;
+    const int64_t cells = op_.rows * op_.w, first = (b * op_.scales + index_) * cells;
+    const int64_t at = (r - op_.first_row) * op_.w + c;
     const T *grad = static_cast<const T*>(back_.grad_mapping) + 2 * first + at, *y = static_cast<const T*>(op_.y);
     const T *mean = static_cast<const T*>(op_.mapping) + 2 * first + at, *valid = row_.valid();
     const T gx = grad[0], gy = grad[cells], cold = T(1 / op_.temperature), exponent = T(kLog2E / op_.temperature);
@@ -279,8 +283,8 @@ int fuse(const CrossScaleFusion& op) {
     for (int64_t s = 0; s < op.scales; ++s) {
       if (!fusion.failed()) fusion.begin_scale(s);
 #pragma omp for schedule(dynamic) nowait
-      for (int64_t task = 0; task < op.batch * op.h; ++task) {
-        if (!fusion.failed()) fusion.run(task / op.h, task % op.h);
+      for (int64_t task = 0; task < op.batch * op.rows; ++task) {
+        if (!fusion.failed()) fusion.run(task / op.rows, op.first_row + task % op.rows);
       }
     }
   }
@@ -291,7 +295,7 @@ template <class In, class T>
 int fuse_backward(const CrossScaleFusionBackward& back) {
   const CrossScaleFusion& op = back.op;
   int64_t tasks = 0;
-  for (int64_t s = 0; s < op.scales; ++s) tasks += op.batch * op.scale[s].hs;
+  for (int64_t s = 0; s < op.scales; ++s) tasks += op.batch * op.scale[s].lines;
   const int64_t lanes = Simd<T>::kLanes, width = (op.w + lanes - 1) / lanes * lanes, each = width + op.h;
   Buffer<T> parts(tasks * each);  // of grad_x and grad_y
   if (parts.failed()) return kOutOfMemory;
@@ -305,7 +309,7 @@ int fuse_backward(const CrossScaleFusionBackward& back) {
     }
     int64_t before = 0;
     for (int64_t s = 0; s < op.scales; ++s) {
-      const int64_t lines = op.scale[s].hs;
+      const int64_t lines = op.scale[s].lines;
       if (!fusion.failed()) fusion.begin_scale(s);
       for (int64_t odd = 0; odd < 2; ++odd) {
         const int64_t per_image = (lines + 1 - odd) / 2;
@@ -314,7 +318,7 @@ int fuse_backward(const CrossScaleFusionBackward& back) {
           const int64_t b = task / per_image, line = 2 * (task % per_image) + odd;
           T* part = parts.get() + (before + b * lines + line) * each;
           for (int64_t j = 0; j < each; ++j) part[j] = 0;
-          if (!fusion.failed()) fusion.run(b, line, part, part + width);
+          if (!fusion.failed()) fusion.run(b, op.scale[s].first_line + line, part, part + width);
         }
       }
       before += op.batch * lines;

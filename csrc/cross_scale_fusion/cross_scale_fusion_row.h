@@ -125,7 +125,7 @@ class FusionRow {
   static Vec greater(Vec x, Vec highest) { return x > highest ? x : highest; }
 
   const In* corr_row(int64_t b, int64_t line, int64_t column) const {
-    return static_cast<const In*>(s_->corr) + b * s_->batch + (line * s_->ws + column) * s_->row;
+    return static_cast<const In*>(s_->corr) + b * s_->batch + ((line - s_->first_line) * s_->ws + column) * s_->row;
   }
 
   // The row of the source cell, still on the target grid of the tensor: in coarse_, which has room for a load that begins

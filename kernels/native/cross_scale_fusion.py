@@ -33,33 +33,33 @@ def cross_scale_fusion(
     temperature: float,
     x: Tensor,
     y: Tensor,
+    part: tuple[int, int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(mapping, confidence) of checked arguments; see `lpmflow.ops.cross_scale_fusion`."""
+    """(mapping, confidence) of checked arguments; see `lpmflow.ops.cross_scale_fusion`, `part` in the reference."""
     grids = [side for pair in zip(source_grids, target_grids, strict=True) for grid in pair for side in grid]
-    mapping, confidence, _ = torch.ops.lpmflow.cross_scale_fusion_native(
-        list(corrs), grids, list(out_grid), temperature, x, y
-    )
+    out = [*out_grid, *(part or (0, 0, out_grid[0]))]
+    mapping, confidence, _ = torch.ops.lpmflow.cross_scale_fusion_native(list(corrs), grids, out, temperature, x, y)
     return mapping, confidence
 
 
 def _forward(
-    corrs: list[Tensor], grids: list[int], out_grid: list[int], temperature: float, x: Tensor, y: Tensor
+    corrs: list[Tensor], grids: list[int], out: list[int], temperature: float, x: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    outputs = _outputs(corrs, grids, out_grid, temperature, x, y)
+    outputs = _outputs(corrs, grids, out, temperature, x, y)
     if outputs[0].numel() == 0:
         return outputs
     x, y = (table.to(outputs[0].dtype).contiguous() for table in (x, y))
     corrs = [dense_rows(corr) for corr in corrs]
-    arguments = _arguments(corrs, [0] * len(corrs), grids, out_grid, temperature, x, y, outputs)
+    arguments = _arguments(corrs, [0] * len(corrs), grids, out, temperature, x, y, outputs)
     check(OP, loaded(OP).cross_scale_fusion_forward(*arguments))
     return outputs
 
 
 def _outputs(
-    corrs: list[Tensor], grids: list[int], out_grid: list[int], temperature: float, x: Tensor, y: Tensor
+    corrs: list[Tensor], grids: list[int], out: list[int], temperature: float, x: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     exact = torch.promote_types(corrs[0].dtype, torch.float32)
-    cells = (corrs[0].shape[0], len(corrs), *out_grid)
+    cells = (corrs[0].shape[0], len(corrs), out[4], out[1])
     mapping = corrs[0].new_empty((*cells[:2], 2, *cells[2:]), dtype=exact)
     return mapping, corrs[0].new_empty(cells, dtype=exact), corrs[0].new_empty(cells, dtype=exact)
 
@@ -68,7 +68,7 @@ def _backward(
     grad_mapping: Tensor,
     corrs: list[Tensor],
     grids: list[int],
-    out_grid: list[int],
+    out: list[int],
     temperature: float,
     x: Tensor,
     y: Tensor,
@@ -82,7 +82,7 @@ def _backward(
     # Summed in full precision whatever the inputs are; where the source side is not interpolated, written once.
     grads = [
         corr.new_empty(corr.shape, dtype=exact)
-        if grids[4 * s : 4 * s + 2] == out_grid
+        if grids[4 * s : 4 * s + 2] == out[:2]
         else corr.new_zeros(corr.shape, dtype=exact)
         for s, corr in enumerate(corrs)
     ]
@@ -92,7 +92,7 @@ def _backward(
     dense = [dense_rows(corr) for corr in corrs]
     saved = (mapping.contiguous(), confidence.contiguous(), largest.contiguous())
     addresses = [grad.data_ptr() for grad in grads]
-    arguments = _arguments(dense, addresses, grids, out_grid, temperature, exact_x, exact_y, saved)
+    arguments = _arguments(dense, addresses, grids, out, temperature, exact_x, exact_y, saved)
     status = loaded(OP).cross_scale_fusion_backward(
         *arguments, grad_mapping.data_ptr(), grad_x.data_ptr(), grad_y.data_ptr()
     )
@@ -108,7 +108,7 @@ def _grads(
     grad_mapping: Tensor,
     corrs: list[Tensor],
     grids: list[int],
-    out_grid: list[int],
+    out: list[int],
     temperature: float,
     x: Tensor,
     y: Tensor,
@@ -123,24 +123,27 @@ def _arguments(
     corrs: list[Tensor],
     grads: list[int],
     grids: list[int],
-    out_grid: list[int],
+    out: list[int],
     temperature: float,
     x: Tensor,
     y: Tensor,
     outputs: tuple[Tensor, Tensor, Tensor],
 ) -> tuple[Any, ...]:
     """What both native functions take first; `grads` are addresses."""
-    scales = [
-        (corr.data_ptr(), *corr.stride()[:2], *grids[4 * s : 4 * s + 4], grads[s]) for s, corr in enumerate(corrs)
-    ]
-    sizes = (corrs[0].shape[0], *out_grid)
+    scales = []
+    for s, corr in enumerate(corrs):
+        sides = grids[4 * s : 4 * s + 4]
+        lines = corr.shape[1] // sides[1]
+        scales.append((corr.data_ptr(), *corr.stride()[:2], *sides, out[2] if lines < sides[0] else 0, lines, grads[s]))
+    h, w, _, first_row, rows = out
+    sizes = (corrs[0].shape[0], h, w, first_row, rows)
     tables = (x.data_ptr(), y.data_ptr())
     addresses = (output.data_ptr() for output in outputs)
     return scales, sizes, temperature, DTYPES[corrs[0].dtype], torch.get_num_threads(), *tables, *addresses
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    corrs, ctx.grids, ctx.out_grid, ctx.temperature, x, y = inputs
+    corrs, ctx.grids, ctx.out, ctx.temperature, x, y = inputs
     ctx.save_for_backward(*corrs, x, y, *output)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -152,12 +155,13 @@ def _differentiate(ctx: Any, grad_mapping: Tensor | None, *_: None) -> tuple[Any
         return [None] * len(corrs), None, None, None, None, None
     backward = torch.ops.lpmflow.cross_scale_fusion_native_backward
     grads, grad_x, grad_y = backward(
-        grad_mapping, corrs, ctx.grids, ctx.out_grid, ctx.temperature, x, y, mapping, confidence, largest
+        grad_mapping, corrs, ctx.grids, ctx.out, ctx.temperature, x, y, mapping, confidence, largest
     )
     return grads, None, None, None, grad_x, grad_y
 
 
-_ARGUMENTS = "Tensor[] corrs, SymInt[] grids, SymInt[] out_grid, float temperature, Tensor x, Tensor y"
+# out: h, w, then the first coarse line that corrs has, the first output line, and how many of these there are.
+_ARGUMENTS = "Tensor[] corrs, SymInt[] grids, SymInt[] out, float temperature, Tensor x, Tensor y"
 register(
     OP,
     Operator(f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", {"CPU": _forward}, _outputs),

@@ -7,6 +7,7 @@ backend named by the caller, by the argument, by `use_backend` or by the variabl
 
 from lpmflow.ops._backends import BACKENDS, backend_report, last_backend, use_backend
 from lpmflow.ops.correlation import correlation
+from lpmflow.ops.correlation_flow import CorrelationFlow, correlation_flow
 from lpmflow.ops.cross_scale_fusion import FusedFlow, cross_scale_fusion
 from lpmflow.ops.region_attention import region_attention
 from lpmflow.ops.window_refinement import window_attention
@@ -14,9 +15,11 @@ from lpmflow.reference import region_bias
 
 __all__ = [
     "BACKENDS",
+    "CorrelationFlow",
     "FusedFlow",
     "backend_report",
     "correlation",
+    "correlation_flow",
     "cross_scale_fusion",
     "last_backend",
     "region_attention",

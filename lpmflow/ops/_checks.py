@@ -46,3 +46,10 @@ def check_count(op: str, name: str, value: object, *, at_least: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
         raise ValueError(f"{op}: {name} must be an integer of at least {at_least}, got {value!r}")
     return value
+
+
+def check_temperature(op: str, value: object) -> float:
+    """A number above 0."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
+        raise ValueError(f"{op}: temperature must be a number above 0, got {value!r}")
+    return float(value)

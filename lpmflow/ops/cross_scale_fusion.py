@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from lpmflow import reference
 from lpmflow.ops._autocast import without_autocast
 from lpmflow.ops._autodiff import NO_TANGENT, has_tangent
 from lpmflow.ops._backends import choose
-from lpmflow.ops._checks import check_grid, check_like, check_shape, check_tensor
+from lpmflow.ops._checks import check_grid, check_like, check_shape, check_temperature, check_tensor
 
 OP = "cross_scale_fusion"
 Grid = tuple[int, int]
@@ -79,29 +79,63 @@ def cross_scale_fusion(
         grids[0].append(source)
         grids[1].append(target)
     out = check_grid(OP, "out_grid", out_grid)
-    if not isinstance(temperature, (int, float)) or not temperature > 0:
-        raise ValueError(f"{OP}: temperature must be a number above 0, got {temperature!r}")
-    table_x = _table("x", x, out[1], corrs[0])
-    table_y = _table("y", y, out[0], corrs[0])
-    tensors = (*corrs, table_x, table_y)
-    chosen = choose(OP, backend, corrs[0].device.type, lambda name: _why_not(name, corrs[0], tensors))
-    run = reference.cross_scale_fusion
-    if chosen == "native":
-        from lpmflow_kernels.native import cross_scale_fusion as native
-
-        run = native.cross_scale_fusion
-    elif chosen == "triton":
-        from lpmflow_kernels import cross_scale_fusion as triton
-
-        run = triton.cross_scale_fusion
-    with without_autocast(corrs[0].device):
-        mapping, confidence = run(
-            corrs, grids[0], grids[1], out_grid=out, temperature=float(temperature), x=table_x, y=table_y
-        )
+    temperature = check_temperature(OP, temperature)
+    table_x = coordinate_table(OP, "x", x, out[1], corrs[0])
+    table_y = coordinate_table(OP, "y", y, out[0], corrs[0])
+    mapping, confidence = _run(list(corrs), grids[0], grids[1], out, temperature, table_x, table_y, backend)
     return FusedFlow(mapping, confidence) if return_confidence else mapping
 
 
-def _why_not(backend: str, corr: Tensor, tensors: tuple[Tensor, ...]) -> str | None:
+def fuse_part(
+    corr: Tensor,
+    source: Grid,
+    target: Grid,
+    out: Grid,
+    temperature: float,
+    x: Tensor,
+    y: Tensor,
+    backend: str | None,
+    part: tuple[int, int, int] | None,
+) -> tuple[Tensor, Tensor]:
+    """mapping (B, 2, rows, w) and confidence (B, rows, w) of one tensor of checked sizes, or of a part of its lines.
+
+    `part` as in `lpmflow.reference.cross_scale_fusion`; the triton backend takes None only.
+    """
+    if part is not None and part[2] == 0:
+        empty = corr.new_zeros((corr.shape[0], 0, out[1]))
+        return empty[:, None].expand(-1, 2, -1, -1), empty
+    mapping, confidence = _run([corr], [source], [target], out, temperature, x, y, backend, part)
+    return mapping[:, 0], confidence[:, 0]
+
+
+def _run(
+    corrs: list[Tensor],
+    sources: list[Grid],
+    targets: list[Grid],
+    out: Grid,
+    temperature: float,
+    x: Tensor,
+    y: Tensor,
+    backend: str | None,
+    part: tuple[int, int, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The op on checked arguments."""
+    tensors = (*corrs, x, y)
+    chosen = choose(OP, backend, corrs[0].device.type, lambda name: _why_not(name, corrs[0], tensors, part))
+    arguments: dict[str, Any] = {"out_grid": out, "temperature": temperature, "x": x, "y": y}
+    with without_autocast(corrs[0].device):
+        if chosen == "triton":
+            from lpmflow_kernels import cross_scale_fusion as triton
+
+            return triton.cross_scale_fusion(corrs, sources, targets, **arguments)
+        if chosen == "native":
+            from lpmflow_kernels.native import cross_scale_fusion as native
+
+            return native.cross_scale_fusion(corrs, sources, targets, **arguments, part=part)
+        return reference.cross_scale_fusion(corrs, sources, targets, **arguments, part=part)
+
+
+def _why_not(backend: str, corr: Tensor, tensors: tuple[Tensor, ...], part: tuple[int, int, int] | None) -> str | None:
     """None when an installed backend can compute with tensors like these, else the reason in one sentence."""
     if backend != "reference" and has_tangent(*tensors):
         return NO_TANGENT
@@ -114,15 +148,20 @@ def _why_not(backend: str, corr: Tensor, tensors: tuple[Tensor, ...]) -> str | N
         from lpmflow_kernels import cross_scale_fusion as triton
 
         reason = triton.why_not(corr)
+        if reason is None and part is not None:
+            reason = "it computes all rows at once, and a block of them is wanted"
     return reason
 
 
-def _table(name: str, table: Tensor | None, length: int, like: Tensor) -> Tensor:
+def coordinate_table(
+    op: str, name: str, table: Tensor | None, length: int, like: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
     """The coordinate table, by default linspace(-1, 1); one cell lies at -1, as linspace has it."""
     if table is None:
-        return torch.linspace(-1, 1, length, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
-    check_tensor(OP, name, table, "length")
-    check_shape(OP, name, table, (length,))
+        exact = dtype or torch.promote_types(like.dtype, torch.float32)
+        return torch.linspace(-1, 1, length, device=like.device, dtype=exact)
+    check_tensor(op, name, table, "length")
+    check_shape(op, name, table, (length,))
     if table.device != like.device:
-        raise ValueError(f"{OP}: {name} must be on corrs[0]'s device {like.device}, got {table.device}")
+        raise ValueError(f"{op}: {name} must be on the device of the other tensors, {like.device}, got {table.device}")
     return table
