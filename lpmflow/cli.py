@@ -146,7 +146,7 @@ def run_match(args: argparse.Namespace) -> None:
     from lpmflow.matcher import Matcher
 
     source, target = (load_image(path, repr(path)) for path in (args.source, args.target))
-    match = Matcher(model=args.model, device=args.device, dtype=args.dtype)(source, target)
+    match = Matcher(model=args.model, device=args.device, dtype=args.dtype, image_size=args.image_size)(source, target)
     _print_points(match, args.points)
     for path in (args.output, args.save_flow):
         if path is not None:
@@ -159,7 +159,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     from lpmflow import benchmark
     from lpmflow.matcher import Matcher
 
-    matcher = Matcher(model=args.model, device=args.device, dtype=args.dtype)
+    matcher = Matcher(model=args.model, device=args.device, dtype=args.dtype, image_size=args.image_size)
     benchmark.run(args.benchmark, args.root, matcher, split=args.split, batch_size=args.batch_size)
 
 
@@ -203,6 +203,9 @@ def _matcher_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", metavar="NAME|FILE", help="name or weight file (default: the embedded weights)")
     command.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: cuda where there is one, else cpu)")
     command.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32)")
+    command.add_argument(
+        "--image-size", type=int, metavar="PIXELS", help="what the network sees of a photograph, such as 512"
+    )
 
 
 def _print_points(match: Match, points: list[tuple[float, float]]) -> None:

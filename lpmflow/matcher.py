@@ -44,16 +44,26 @@ class Matcher:
         device: "cpu", "cuda", "cuda:1", "mps" or a torch.device. None: the GPU when CUDA has one, else the CPU.
         dtype: "float32" (None), "bfloat16" or "float16", or the torch dtype: what the network computes in, by
             autocast. Parameters and results stay float32.
+        image_size: what the network sees of a photograph, one number or (height, width), a multiple of its patch size
+            (16): 512, 768, 1024. Tables of positions are resized to it, so it works best near the size the weights
+            were trained at (None). A finer flow for more time and memory; the memory grows with the number of pixels.
 
     Images are read and resized on the CPU. A Matcher changes nothing when it is called, so threads may share one.
     Raises ValueError for an unknown model, device or dtype, and for a model without trained weights, which would
     answer nonsense; OSError for a checkpoint that cannot be read; TypeError for an argument of another type.
     """
 
-    def __init__(self, model: ModelLike = None, device: DeviceLike = None, dtype: DTypeLike = None) -> None:
+    def __init__(
+        self,
+        model: ModelLike = None,
+        device: DeviceLike = None,
+        dtype: DTypeLike = None,
+        *,
+        image_size: int | tuple[int, int] | None = None,
+    ) -> None:
         self.device = _device(device)
         self.dtype = _dtype(dtype)
-        self.model: LPMFlow = _model(model).to(self.device).eval()
+        self.model: LPMFlow = _model(model, image_size).to(self.device).eval()
 
     def __call__(self, src: ImageLike, tgt: ImageLike) -> Match:
         """Where each pixel of `src` lies in `tgt`.
@@ -125,31 +135,33 @@ def match(
     model: ModelLike = None,
     device: DeviceLike = None,
     dtype: DTypeLike = None,
+    image_size: int | tuple[int, int] | None = None,
 ) -> Match:
     """Where each pixel of the image `src` lies in the image `tgt`, as a `Match`.
 
     The arguments are those of `Matcher` and of calling it, and so are the errors. A preset's weights are loaded at the
-    first call and kept for the next (the last four combinations of preset, device and dtype; safe to call from
+    first call and kept for the next (the last four combinations of preset, device, dtype and size; safe to call from
     several threads); a checkpoint's path is read at every call, so keep a `Matcher` for that.
     """
     if model is None or (isinstance(model, str) and model in _presets()):
-        matcher = _kept(model or DEFAULT_MODEL, _device(device), _dtype(dtype))
+        size = tuple(image_size) if isinstance(image_size, list) else image_size
+        matcher = _kept(model or DEFAULT_MODEL, _device(device), _dtype(dtype), size)
     else:
-        matcher = Matcher(model, device, dtype)
+        matcher = Matcher(model, device, dtype, image_size=image_size)
     return matcher(src, tgt)
 
 
 _LOADING = threading.Lock()
 
 
-def _kept(name: str, device: torch.device, dtype: torch.dtype) -> Matcher:
+def _kept(name: str, device: torch.device, dtype: torch.dtype, size: Any) -> Matcher:
     with _LOADING:
-        return _cached(name, device, dtype)
+        return _cached(name, device, dtype, size)
 
 
 @functools.lru_cache(maxsize=4)
-def _cached(name: str, device: torch.device, dtype: torch.dtype) -> Matcher:
-    return Matcher(name, device, dtype)
+def _cached(name: str, device: torch.device, dtype: torch.dtype, size: Any) -> Matcher:
+    return Matcher(name, device, dtype, image_size=size)
 
 
 def _pair(pair: Any, name: str) -> tuple[ImageLike, ImageLike]:
@@ -166,10 +178,15 @@ def _presets() -> list[str]:
     return list_models()
 
 
-def _model(model: ModelLike) -> LPMFlow:
-    """The trained network `model` stands for."""
+def _model(model: ModelLike, image_size: Any = None) -> LPMFlow:
+    """The trained network `model` stands for, at another size where one is given."""
     if isinstance(model, nn.Module):
+        if image_size is not None:
+            raise ValueError(
+                "image_size must be None for a model that is loaded already; load_checkpoint and create_model take one"
+            )
         return _checked(model)
+    size = {} if image_size is None else {"image_size": image_size}
     if model is None:
         model = DEFAULT_MODEL
     if not isinstance(model, (str, os.PathLike)):
@@ -186,10 +203,10 @@ def _model(model: ModelLike) -> LPMFlow:
                 f"{', '.join(shipped) or 'none'}); pass the path of a checkpoint instead, model='weights.safetensors' "
                 f"or a released 'weights.pth'"
             )
-        return _checked(load_checkpoint(path))
+        return _checked(load_checkpoint(path, **size))
     path = Path(model)
     if path.exists():
-        return _checked(load_checkpoint(path))
+        return _checked(load_checkpoint(path, **size))
     wanted = f"model must be one of {', '.join(presets)}, the path of a checkpoint, or an LPMFlow"
     if path.suffix or path.name != str(model):
         raise FileNotFoundError(f"{wanted}; there is no file {str(model)!r}")

@@ -58,7 +58,7 @@ def test_match_writes_and_prints(calls: list[Any], tmp_path: Path, capsys: pytes
     out, flow = tmp_path / "match.png", tmp_path / "match.flo"
     code = cli.main(["match", CAT, RACCOON, "-o", str(out), "--points", "12,8.5", "0,0", "--save-flow", str(flow)])
     assert code == 0
-    assert calls == [{"model": None, "device": None, "dtype": None}, SHAPES]
+    assert calls == [{"model": None, "device": None, "dtype": None, "image_size": None}, SHAPES]
     assert capsys.readouterr() == ("12,8.5 -> 22.00,8.75\n0,0 -> 10.00,0.25\n", f"wrote {out}\nwrote {flow}\n")
     assert out.read_text() == flow.read_text() == "match"
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lpmflow.config import lpmflow_tiny
-from lpmflow.model.superres import FeatureSuperResolution, MatchingBlock, SuperResolution
+from lpmflow.model.superres import FeatureSuperResolution, MatchingBlock, SuperResolution, correlation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = lpmflow_tiny().replace(image_size=(32, 48), heads=2, cross_scale=True, superres_window=3, superres_depth=2)
@@ -75,7 +75,7 @@ def matching(block, source, target):
 def test_a_matching_block_is_its_formula(n, m):
     block = randomised(MatchingBlock(CONFIG, 8, coarse=True, fine=True))
     source, target = random(2, n, 8), random(2, m, 8, seed=1)
-    found, wanted = block(source, target), matching(block, source, target)
+    found, wanted = block(source, target, "11", correlation), matching(block, source, target)
     assert found[0].shape == (2, n - 1, m - 1)
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -84,13 +84,13 @@ def test_a_matching_block_is_its_formula(n, m):
 def test_a_matching_block_leaves_its_inputs_alone():
     block = randomised(MatchingBlock(CONFIG, 8, coarse=True, fine=False))
     source, target = random(2, 7, 8), random(2, 7, 8, seed=1)
-    block(source, target)
+    block(source, target, "11", correlation)
     assert torch.equal(source, random(2, 7, 8)) and torch.equal(target, random(2, 7, 8, seed=1))
 
 
 def test_a_correlation_row_sums_to_a_little_under_the_heads():
     block = randomised(MatchingBlock(CONFIG, 8, coarse=True, fine=True))
-    rows = block(random(2, 7, 8), random(2, 25, 8, seed=1))[0].sum(dim=-1)
+    rows = block(random(2, 7, 8), random(2, 25, 8, seed=1), "12", correlation)[0].sum(dim=-1)
     assert (rows < 2).all() and (rows > 1).all()
 
 
@@ -163,7 +163,7 @@ class Mark(nn.Module):
         super().__init__()
         self.factor = factor
 
-    def forward(self, source, target):
+    def forward(self, source, target, scale=None, correlate=None):
         corr = self.factor * source[:, 1:, :1] + 1000 * target[:, 1:, 0][:, None]
         return corr, self.factor * source, (self.factor + 1) * target
 
@@ -189,11 +189,11 @@ def test_the_four_correlations(with_fine):
     corr_12, s12, t12 = cross(s, up_t)
     corr_21, s21, t21 = cross(up_s, t)
     corr_22, last, _ = Mark(7.0)(up(s12, features[0]) + s21, t12 + up(t21, features[1]))
-    found = network(source, target, fine)
-    assert [tuple(corr.shape) for corr in found.tensors] == [(2, 6, 6), (2, 6, 24), (2, 24, 6), (2, 24, 24)]
-    for ours, wanted in zip(found.tensors, (corr_11, corr_12, corr_21, corr_22), strict=True):
+    found, fine_source = network(source, target, fine, correlation)
+    assert [tuple(corr.shape) for corr in found] == [(2, 6, 6), (2, 6, 24), (2, 24, 6), (2, 24, 24)]
+    for ours, wanted in zip(found, (corr_11, corr_12, corr_21, corr_22), strict=True):
         torch.testing.assert_close(ours, wanted)
-    torch.testing.assert_close(found.source, last)
+    torch.testing.assert_close(fine_source, last)
 
 
 def test_the_two_correlations_without_cross_scale():
@@ -202,11 +202,11 @@ def test_the_two_correlations_without_cross_scale():
     source, target = random(2, 7, 8), random(2, 7, 8, seed=1)
     corr_11, s, t = Mark(2.0)(source, target)
     corr_22, last, _ = Mark(7.0)(up(s), up(t))
-    found = network(source, target)
-    assert len(found.tensors) == 2
-    torch.testing.assert_close(found.tensors[0], corr_11)
-    torch.testing.assert_close(found.tensors[1], corr_22)
-    torch.testing.assert_close(found.source, last)
+    found, fine_source = network(source, target, None, correlation)
+    assert len(found) == 2
+    torch.testing.assert_close(found[0], corr_11)
+    torch.testing.assert_close(found[1], corr_22)
+    torch.testing.assert_close(fine_source, last)
 
 
 def test_one_super_resolution_and_one_cross_block_are_shared():

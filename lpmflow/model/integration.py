@@ -10,6 +10,8 @@ from lpmflow import ops
 from lpmflow.config import LPMFlowConfig
 from lpmflow.model.layers import ChannelAttention, SwinStage
 
+Grid = tuple[int, int]
+
 
 class FlowIntegration(nn.Module):
     """Cross-scale flow fusion, then windowed coarse-to-fine refinement."""
@@ -33,11 +35,10 @@ class FlowIntegration(nn.Module):
 
     def fuse(self, correlations: tuple[Tensor, ...]) -> ops.FusedFlow:
         """Expected target coordinates in [-1, 1], (B, S, 2, h, w), and their confidence, (B, S, h, w)."""
-        grids = {"1": self.config.coarse_grid, "2": self.config.fine_grid}
         fused = ops.cross_scale_fusion(
             correlations,
-            [grids[scale[0]] for scale in self.config.scales],
-            [grids[scale[1]] for scale in self.config.scales],
+            [self._grids(scale)[0] for scale in self.config.scales],
+            [self._grids(scale)[1] for scale in self.config.scales],
             out_grid=self.config.fine_grid,
             temperature=self.config.temperature,
             x=self.x_normal,
@@ -46,6 +47,26 @@ class FlowIntegration(nn.Module):
         )
         assert isinstance(fused, ops.FusedFlow)
         return fused
+
+    def correlate(self, scale: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ops.CorrelationFlow]:
+        """The flow of one scale from a matching block's q, k and v, without its correlation tensor."""
+        source, target = self._grids(scale)
+        flow = ops.correlation_flow(
+            q,
+            k,
+            v,
+            source_grid=source,
+            target_grid=target,
+            out_grid=self.config.fine_grid,
+            temperature=self.config.temperature,
+            x=self.x_normal,
+            y=self.y_normal,
+        )
+        return flow.attended, flow
+
+    def _grids(self, scale: str) -> tuple[Grid, Grid]:
+        grids = {"1": self.config.coarse_grid, "2": self.config.fine_grid}
+        return grids[scale[0]], grids[scale[1]]
 
     def to_flow(self, mappings: Tensor) -> Tensor:
         """(B, S, 2, h, w) in [-1, 1] -> (B, S, 2, 4h, 4w) displacement in cells of the flow grid."""

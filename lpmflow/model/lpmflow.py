@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lpmflow import ops
 from lpmflow.config import LPMFlowConfig
 from lpmflow.model.backbone import create_backbone
 from lpmflow.model.integration import FlowIntegration
 from lpmflow.model.layers import foreground_weight
 from lpmflow.model.layout import LayoutEncoder
 from lpmflow.model.rptc import replace_tokens, rptc_loss
-from lpmflow.model.superres import FeatureSuperResolution, MatchingBlock
+from lpmflow.model.superres import FeatureSuperResolution, MatchingBlock, correlation
 
 
 class FlowOutput(NamedTuple):
@@ -93,8 +94,15 @@ class LPMFlow(nn.Module):
         task = None
         if positions is not None:
             task = rptc_loss(source_tokens.float(), positions, config.coarse_grid, config.rptc_temperature)
-        correlations, source_fine = self.superres(source_tokens, target_tokens, fine if config.fine_features else None)
-        mappings, confidences = self.integration.fuse(correlations)
+        tokens_and_features = (source_tokens, target_tokens, fine if config.fine_features else None)
+        correlations: tuple[Tensor, ...] | None = None
+        if return_correlations or ops.fits(source.shape[0], config.fine_grid, config.fine_grid):
+            correlations, source_fine = self.superres(*tokens_and_features, correlation)
+            mappings, confidences = self.integration.fuse(correlations)
+        else:  # more than is worth holding
+            found, source_fine = self.superres(*tokens_and_features, self.integration.correlate)
+            mappings = torch.stack([flow.mapping for flow in found], dim=1)
+            confidences = torch.stack([flow.confidence for flow in found], dim=1)
         flows = self.integration.to_flow(mappings)
         flow = flows[:, -1]
         if not self.skip_refinement:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +14,14 @@ from lpmflow.config import LPMFlowConfig
 from lpmflow.model.layers import ChannelAttention, Mlp, Projections, SelfAttention, SwinStage, arf
 
 Grid = tuple[int, int]
+Found = TypeVar("Found")
+Correlate = Callable[[str, Tensor, Tensor, Tensor], tuple[Tensor, Found]]
+"""(name of the scale, q, k, v) -> attended values, and what is wanted of the correlation tensor."""
 
 
-class Correlations(NamedTuple):
-    """The correlation tensors in the order of `config.scales`, and the fine source tokens the refinement looks at."""
-
-    tensors: tuple[Tensor, ...]
-    """(B, source cells, target cells) each: head-summed attention probabilities, cls left out."""
-    source: Tensor
-    """(B, 1 + 4n, C) fine source tokens after the last matching block."""
+def correlation(scale: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """A `Correlate` that keeps the whole tensor: head-summed attention probabilities, cls left out."""
+    return ops.correlation(q, k, v)
 
 
 class MatchingBlock(nn.Module):
@@ -45,8 +45,10 @@ class MatchingBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, config.mlp_ratio)
 
-    def forward(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, 1 + n, C), (B, 1 + m, C) -> correlation (B, n, m), and both sequences updated."""
+    def forward(
+        self, source: Tensor, target: Tensor, scale: str, correlate: Correlate[Found]
+    ) -> tuple[Found, Tensor, Tensor]:
+        """(B, 1 + n, C), (B, 1 + m, C) -> what `correlate` finds in their correlation, and both sequences updated."""
         source = source + self._position("source", source)
         target = target + self._position("target", target)
         source = source + arf(self.self_attn(self.norm1(source)))
@@ -55,10 +57,10 @@ class MatchingBlock(nn.Module):
         target = target + self.mlp(self.norm2(target))
         (query,) = self.cross_attn.split(self.norm1(source), 0, 1)
         key, value = self.cross_attn.split(self.norm1(target), 1, 3)
-        attended, corr = ops.correlation(query, key, value)
+        attended, found = correlate(scale, query, key, value)
         source = source + arf(self.cross_attn.join(attended))
         source = source + self.mlp(self.norm2(source))
-        return corr, source, target
+        return found, source, target
 
     def _position(self, side: str, tokens: Tensor) -> Tensor:
         suffix = "" if tokens.shape[1] == self.coarse_tokens else "_fine"
@@ -102,15 +104,21 @@ class FeatureSuperResolution(nn.Module):
         self.match_cross = MatchingBlock(config, width, coarse=True, fine=True) if config.cross_scale else None
         self.match_fine = MatchingBlock(config, width, coarse=False, fine=True)
 
-    def forward(self, source: Tensor, target: Tensor, fine: Tensor | None = None) -> Correlations:
-        """source, target (B, 1 + n, C); fine (2B, C_fine, 2h, 2w), source images first, where there are such."""
-        corr_11, source, target = self.match_coarse(source, target)
+    def forward(
+        self, source: Tensor, target: Tensor, fine: Tensor | None, correlate: Correlate[Found]
+    ) -> tuple[tuple[Found, ...], Tensor]:
+        """What `correlate` finds at each scale, in the order of `config.scales`, and the fine source tokens at the end.
+
+        source, target (B, 1 + n, C); fine (2B, C_fine, 2h, 2w), source images first, where there are such. The tokens
+        are (B, 1 + 4n, C), what the refinement looks at.
+        """
+        found_11, source, target = self.match_coarse(source, target, "11", correlate)
         source_up, target_up = self.upsample(torch.cat((source, target)), fine).chunk(2)
         if self.match_cross is None:
-            corr_22, source_up, _ = self.match_fine(source_up, target_up)
-            return Correlations((corr_11, corr_22), source_up)
-        corr_12, source_12, target_12 = self.match_cross(source, target_up)
-        corr_21, source_21, target_21 = self.match_cross(source_up, target)
+            found_22, source_up, _ = self.match_fine(source_up, target_up, "22", correlate)
+            return (found_11, found_22), source_up
+        found_12, source_12, target_12 = self.match_cross(source, target_up, "12", correlate)
+        found_21, source_21, target_21 = self.match_cross(source_up, target, "21", correlate)
         lifted_source, lifted_target = self.upsample(torch.cat((source_12, target_21)), fine).chunk(2)
-        corr_22, source_22, _ = self.match_fine(lifted_source + source_21, target_12 + lifted_target)
-        return Correlations((corr_11, corr_12, corr_21, corr_22), source_22)
+        found_22, source_22, _ = self.match_fine(lifted_source + source_21, target_12 + lifted_target, "22", correlate)
+        return (found_11, found_12, found_21, found_22), source_22

@@ -7,7 +7,7 @@ backend named by the caller, by the argument, by `use_backend` or by the variabl
 
 from lpmflow.ops._backends import BACKENDS, backend_report, last_backend, use_backend
 from lpmflow.ops.correlation import correlation
-from lpmflow.ops.correlation_flow import CorrelationFlow, correlation_flow
+from lpmflow.ops.correlation_flow import CorrelationFlow, correlation_flow, fits
 from lpmflow.ops.cross_scale_fusion import FusedFlow, cross_scale_fusion
 from lpmflow.ops.region_attention import region_attention
 from lpmflow.ops.window_refinement import window_attention
@@ -21,6 +21,7 @@ __all__ = [
     "correlation",
     "correlation_flow",
     "cross_scale_fusion",
+    "fits",
     "last_backend",
     "region_attention",
     "region_bias",
