@@ -190,7 +190,7 @@ def test_the_command_prints_the_report(
     options = ["--model", "mine.safetensors", "--device", "cpu", "--dtype", "bfloat16", "--batch-size", "2"]
     assert cli.main(["evaluate", "--benchmark", "spair", "--root", root, *options]) == 0
     assert capsys.readouterr() == (REPORT.format(title=f"{root}, val"), "")
-    assert asked == [{"model": "mine.safetensors", "device": "cpu", "dtype": "bfloat16"}]
+    assert asked == [{"model": "mine.safetensors", "device": "cpu", "dtype": "bfloat16", "image_size": None}]
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_match_passes_the_choice_of_model_device_and_dtype(
 ) -> None:
     options = ["--model", "lpmflow-base", "--device", "cuda:1", "--dtype", "bfloat16"]
     assert cli.main(["match", CAT, RACCOON, "--points", "1,2", *options]) == 0
-    assert calls[0] == {"model": "lpmflow-base", "device": "cuda:1", "dtype": "bfloat16"}
+    assert calls[0] == {"model": "lpmflow-base", "device": "cuda:1", "dtype": "bfloat16", "image_size": None}
     assert capsys.readouterr().out == "1,2 -> 11.00,2.25\n"
 
 

@@ -462,3 +462,26 @@ def test_embedded_half_precision_agrees(embedded_matcher, cat):
     full = embedded_matcher(cat, cat[:, 30:])
     half = Matcher(device="cpu", dtype="bfloat16")(cat, cat[:, 30:])
     assert np.median(np.linalg.norm(full.flow - half.flow, axis=-1)) < 0.02 * max(full.src_size)
+
+
+def test_the_embedded_network_at_another_size(photo):
+    matcher = Matcher(device="cpu", image_size=256)
+    assert matcher.model.config.image_size == matcher.model.config.input_size == (256, 256)
+    match = matcher(photo, photo)
+    assert np.abs(match.flow).mean() < 0.02 * max(photo.shape[:2])
+    again = lpmflow.match(photo, photo, device="cpu", image_size=(256, 256))
+    np.testing.assert_allclose(again.flow, match.flow, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("size", "wanted"),
+    [(100, "image_size must be a multiple of patch_size 16"), (0, "image_size must be a positive integer")],
+)
+def test_sizes_that_make_no_sense(size, wanted):
+    with pytest.raises(ValueError, match=wanted):
+        Matcher(device="cpu", image_size=size)
+
+
+def test_a_loaded_model_has_its_size(fake_model):
+    with pytest.raises(ValueError, match="image_size must be None for a model that is loaded already"):
+        Matcher(fake_model, "cpu", image_size=256)

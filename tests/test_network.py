@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -18,6 +19,13 @@ SMALL = {"image_size": (32, 48), "layout_depth": 1, "windows": (4, 3, 2), "super
 def tiny(**options):
     torch.manual_seed(0)
     return create_model("lpmflow-tiny", **{**SMALL, **options})
+
+
+def stir(model):
+    """No parameter at zero, so that every one has a say."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, dtype=parameter.dtype))
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +126,27 @@ def test_confidence_and_correlations_belong_together():
     assert model(*images()).correlations is None
     probabilities = (out.correlations[-1] / 0.3).softmax(dim=-1)
     torch.testing.assert_close(out.confidence.flatten(1), probabilities.amax(dim=-1))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_correlations_too_large_to_hold_are_streamed(vit, monkeypatch, training):
+    """The same flow and the same gradients as with the whole tensors in memory."""
+    model = vit(dropout=0.0, refine_dropout=0.0, rptc_top_k=0).double().train(training)
+    stir(model)
+    source, target = (x.double() for x in images())
+    wanted = model(source, target, return_correlations=True)
+    assert wanted.correlations is not None
+    monkeypatch.setattr(sys.modules["lpmflow.ops.correlation_flow"], "BLOCK_BYTES", 1)
+    found = model(source, target)
+    assert found.correlations is None
+    for name in ("flow", "mappings", "confidence"):
+        torch.testing.assert_close(getattr(found, name), getattr(wanted, name))
+    gradients = []
+    for out in (found, wanted):
+        parameters = [p for name, p in model.named_parameters() if "match" in name or "normal" in name]
+        gradients.append(torch.autograd.grad(out.flow.square().sum(), parameters))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_pairs_of_a_batch_are_independent(vit):
