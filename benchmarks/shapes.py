@@ -181,3 +181,51 @@ def cross_scale_fusion(batch: int = 1) -> list[CrossScaleFusion]:
         CrossScaleFusion("base", tuple(pairs.values()), fine, batch),
         CrossScaleFusion("tiny", (((12, 12), (12, 12)), ((24, 24), (24, 24))), (24, 24), batch),
     ]
+
+
+@dataclass(frozen=True)
+class RegionAttention:
+    """The layout encoder's joint attention: of each image a cls token and its grid of patches."""
+
+    name: str
+    grid: Grid
+    heads: int
+    width: int
+    batch: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """N, of both images."""
+        return 2 * (1 + self.grid[0] * self.grid[1])
+
+    def inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> list[Tensor]:
+        """q, k, v as views of one projection's result, and the bias table in float32."""
+        generator = torch.Generator().manual_seed(seed)
+        qkv = torch.randn(self.batch, self.tokens, 3, self.heads, self.width, generator=generator)
+        table = torch.randn(self.heads, (2 * self.grid[0] - 1) * (2 * self.grid[1] - 1) * 4, generator=generator)
+        return [*qkv.to(device, dtype).permute(2, 0, 3, 1, 4).unbind(0), table.to(device)]
+
+    def small(self) -> RegionAttention:
+        """The same on a few cells."""
+        return replace(self, grid=(2, 2), batch=1)
+
+    def run(self, inputs: list[Tensor], backend: str | None) -> tuple[Tensor, ...]:
+        """The operation on such inputs."""
+        return (ops.region_attention(*inputs, source_grid=self.grid, target_grid=self.grid, backend=backend),)
+
+    def flops(self, *, backward: bool) -> int:
+        """Multiplications and additions that must run: two products forward, five backward (one to have P again)."""
+        return (7 if backward else 2) * 2 * self.batch * self.heads * self.tokens**2 * self.width
+
+    def bytes(self, dtype: torch.dtype, *, backward: bool) -> int:
+        """Bytes that must move: q, k, v read and the result written once each, and their gradients likewise."""
+        return (3 if backward else 1) * 4 * self.batch * self.heads * self.tokens * self.width * dtype.itemsize
+
+
+def region_attention(batch: int = 1) -> list[RegionAttention]:
+    """The base network at 256 pixels, at 512 pixels, and the tiny one."""
+    return [
+        RegionAttention("base", (16, 16), heads=8, width=96, batch=batch),
+        RegionAttention("base 512", (32, 32), heads=8, width=96, batch=batch),
+        RegionAttention("tiny", (12, 12), heads=6, width=32, batch=batch),
+    ]

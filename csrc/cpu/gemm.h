@@ -4,7 +4,8 @@
 //
 // A is read where it lies, with any strides. B and C have their columns in panels of kPanel = two vectors: B is packed
 // panel after panel, each panel k-major, so that the inner loop reads it front to back; C is row-major with a row
-// length that is a multiple of kPanel. A tile of kTileRows x kPanel sums stays in registers over the whole inner loop.
+// length that is a multiple of kPanel. A tile of kTileRows x kPanel sums stays in registers over a stretch of the inner
+// loop and is then added to C: a panel's part stays in the nearest cache, and the rounding errors of long sums stay small.
 #pragma once
 
 #include "simd.h"
@@ -13,6 +14,7 @@ namespace lpmflow {
 namespace LPMFLOW_ISA {
 
 constexpr int kTileRows = LPMFLOW_TILE_ROWS;
+constexpr int64_t kStretch = 256;
 
 template <class T>
 constexpr int kPanel = 2 * Simd<T>::kLanes;
@@ -35,8 +37,7 @@ inline void multiply_tile(int64_t depth, Matrix<T> a, const T* b, T* c, int64_t 
   Vec sums[kRows][2];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
-    sums[i][0] = kAdd ? load(c + i * c_row) : Vec{};
-    sums[i][1] = kAdd ? load(c + i * c_row + kLanes) : Vec{};
+    sums[i][0] = sums[i][1] = Vec{};
   }
   const T* entry = a.data;
   for (int64_t k = 0; k < depth; ++k, entry += a.column, b += kPanel<T>) {
@@ -50,8 +51,9 @@ inline void multiply_tile(int64_t depth, Matrix<T> a, const T* b, T* c, int64_t 
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
-    store(c + i * c_row, sums[i][0]);
-    store(c + i * c_row + kLanes, sums[i][1]);
+    T* row = c + i * c_row;
+    store(row, kAdd ? load(row) + sums[i][0] : sums[i][0]);
+    store(row + kLanes, kAdd ? load(row + kLanes) + sums[i][1] : sums[i][1]);
   }
 }
 
@@ -64,15 +66,29 @@ inline void multiply_rest(int64_t rows, int64_t depth, Matrix<T> a, const T* b, 
   }
 }
 
+// One panel of C.
+template <class T, bool kAdd>
+inline void multiply_panel(int64_t rows, int64_t depth, Matrix<T> a, const T* b, T* c, int64_t c_row) {
+  int64_t i = 0;
+  for (; i + kTileRows <= rows; i += kTileRows) {
+    multiply_tile<T, kTileRows, kAdd>(depth, {a.data + i * a.row, a.row, a.column}, b, c + i * c_row, c_row);
+  }
+  multiply_rest<T, kAdd>(rows - i, depth, {a.data + i * a.row, a.row, a.column}, b, c + i * c_row, c_row);
+}
+
 // C (rows, columns) = or += A (rows, depth) B (depth, columns); `columns` is rounded up to whole panels.
 template <class T, bool kAdd = false>
 void multiply(int64_t rows, int64_t columns, int64_t depth, Matrix<T> a, const T* b, T* c, int64_t c_row) {
-  for (int64_t column = 0; column < columns; column += kPanel<T>, b += depth * kPanel<T>) {
-    int64_t i = 0;
-    for (; i + kTileRows <= rows; i += kTileRows) {
-      multiply_tile<T, kTileRows, kAdd>(depth, {a.data + i * a.row, a.row, a.column}, b, c + i * c_row + column, c_row);
+  for (int64_t column = 0; column < columns; column += kPanel<T>) {
+    int64_t first = depth < kStretch ? depth : kStretch;
+    multiply_panel<T, kAdd>(rows, first, a, b, c + column, c_row);
+    b += first * kPanel<T>;
+    while (first < depth) {
+      const int64_t count = depth - first < kStretch ? depth - first : kStretch;
+      multiply_panel<T, true>(rows, count, {a.data + first * a.column, a.row, a.column}, b, c + column, c_row);
+      b += count * kPanel<T>;
+      first += count;
     }
-    multiply_rest<T, kAdd>(rows - i, depth, {a.data + i * a.row, a.row, a.column}, b, c + i * c_row + column, c_row);
   }
 }
 
