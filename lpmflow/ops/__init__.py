@@ -1,4 +1,5 @@
-"""The four operations the network is made of, each with one contract and one or more backends.
+"""The four operations the network is made of, each with one contract and one or more backends; and what follows from
+them: `correlation_flow` (correlation straight to flow) and `correlation_volume` (for features of one's own).
 
 Every op checks its arguments, chooses a backend and calls it. `backend=None` takes what measured fastest and can run; a
 backend named by the caller, by the argument, by `use_backend` or by the variable LPMFLOW_BACKEND, runs or raises.
@@ -8,6 +9,7 @@ backend named by the caller, by the argument, by `use_backend` or by the variabl
 from lpmflow.ops._backends import BACKENDS, backend_report, last_backend, use_backend
 from lpmflow.ops.correlation import correlation
 from lpmflow.ops.correlation_flow import CorrelationFlow, correlation_flow, fits
+from lpmflow.ops.correlation_volume import correlation_volume
 from lpmflow.ops.cross_scale_fusion import FusedFlow, cross_scale_fusion
 from lpmflow.ops.region_attention import region_attention
 from lpmflow.ops.window_refinement import window_attention
@@ -20,6 +22,7 @@ __all__ = [
     "backend_report",
     "correlation",
     "correlation_flow",
+    "correlation_volume",
     "cross_scale_fusion",
     "fits",
     "last_backend",
