@@ -122,6 +122,62 @@ def window_refinement(batch: int = 1) -> list[WindowRefinement]:
 
 
 @dataclass(frozen=True)
+class WindowStage:
+    """A whole refinement stage: the layers around the attention, and what channel attention pools."""
+
+    attention: WindowRefinement
+    hidden: int
+
+    @property
+    def name(self) -> str:
+        """As the attention's."""
+        return self.attention.name
+
+    @property
+    def batch(self) -> int:
+        """As the attention's."""
+        return self.attention.batch
+
+    def inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> list[Tensor]:
+        """The map, and the weights in the order of `ops.StageWeights`."""
+        a, c = self.attention, self.attention.channels
+        generator = torch.Generator().manual_seed(seed)
+        norm = [(c,), (c,)]
+        shapes: list[tuple[int, ...]] = [(a.batch, a.height, a.width, c)]
+        shapes += [*norm, (3 * c, c), (3 * c,), ((2 * a.window - 1) ** 2, a.heads), (c, c), (c,)]
+        shapes += [*norm, (self.hidden, c), (self.hidden,), (c, self.hidden), (c,), *norm]
+        drawn = (torch.randn(shape, generator=generator) for shape in shapes)
+        return [(x if x.ndim == 4 else x * x.shape[-1] ** -0.5).to(device, dtype) for x in drawn]
+
+    def small(self) -> WindowStage:
+        """The same on one window."""
+        return replace(self, attention=self.attention.small())
+
+    def run(self, inputs: list[Tensor], backend: str | None) -> tuple[Tensor, ...]:
+        """The op."""
+        a, weights = self.attention, ops.StageWeights(*inputs[1:])
+        return tuple(ops.window_stage(inputs[0], weights, heads=a.heads, window=a.window, backend=backend))
+
+    def flops(self, *, backward: bool) -> int:
+        """Multiplications and additions that must run, the backward of a linear layer twice those of its forward."""
+        a = self.attention
+        layers = 2 * a.batch * a.height * a.width * a.channels * (4 * a.channels + 2 * self.hidden)
+        return (3 if backward else 1) * layers + a.flops(backward=backward)
+
+    def bytes(self, dtype: torch.dtype, *, backward: bool) -> int:
+        """Bytes that must move: the map read and written once, its gradients likewise, and the weights."""
+        a = self.attention
+        weights = a.channels * (4 * a.channels + 2 * self.hidden)
+        return (2 if backward else 1) * (2 * a.batch * a.height * a.width * a.channels + weights) * dtype.itemsize
+
+
+def window_stage(batch: int = 1) -> list[WindowStage]:
+    """The stages of `window_refinement`; the MLP is four times as wide, in the tiny super-resolution twice."""
+    stages = window_refinement(batch)
+    return [WindowStage(a, (2 if a.name == "tiny superres" else 4) * a.channels) for a in stages]
+
+
+@dataclass(frozen=True)
 class CrossScaleFusion:
     """Correlation tensors of one or more scales to flow on the fine grid."""
 

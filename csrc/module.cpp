@@ -179,6 +179,35 @@ int region_attention_backward(const py::tuple& sizes, double scale, int dtype, i
   return kernels().region_attention_backward(op);
 }
 
+LayerWeights layer(const py::tuple& layers, int i) {
+  const py::tuple pair = layers[i].cast<py::tuple>();
+  return {reinterpret_cast<const void*>(pair[0].cast<Address>()),
+          reinterpret_cast<const void*>(pair[1].cast<Address>())};
+}
+
+// layers: (weight, bias) of norm1, qkv, proj, norm2, fc1, fc2, norm_out.
+int window_stage(const py::tuple& sizes, double scale, int dtype, int threads, int64_t hidden, double eps, Address x,
+                 const py::tuple& x_strides, const py::tuple& layers, Address table, Address out, Address mean,
+                 Address highest) {
+  const WindowStage op{window_shape(sizes, scale, dtype, threads),
+                       hidden,
+                       eps,
+                       cells(x, x_strides),
+                       layer(layers, 0),
+                       layer(layers, 1),
+                       layer(layers, 2),
+                       layer(layers, 3),
+                       layer(layers, 4),
+                       layer(layers, 5),
+                       layer(layers, 6),
+                       reinterpret_cast<const void*>(table),
+                       reinterpret_cast<void*>(out),
+                       reinterpret_cast<void*>(mean),
+                       reinterpret_cast<void*>(highest)};
+  py::gil_scoped_release released;
+  return kernels().window_stage(op);
+}
+
 #if !defined(LPMFLOW_NO_CUDA)
 void read_strides(int64_t (&to)[3], const py::tuple& strides) {
   for (int axis = 0; axis < 3; ++axis) to[axis] = strides[axis].cast<int64_t>();
@@ -252,6 +281,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("window_refinement_backward", &window_refinement_backward);
   m.def("region_attention_forward", &region_attention_forward);
   m.def("region_attention_backward", &region_attention_backward);
+  m.def("window_stage", &window_stage);
 #if !defined(LPMFLOW_NO_CUDA)
   m.def("correlation_forward_cuda", &correlation_forward_on_cuda);
 #endif

@@ -127,12 +127,19 @@ class Plus(nn.Module):
 
     def forward(self, x):
         self.seen = x
-        return x + self.number
+        return x + self.number, x, x
+
+
+class Open(nn.Module):
+    """In place of a gate: lets the map through."""
+
+    def forward(self, x, mean, highest):
+        return x
 
 
 def stubbed(layer, numbers=(1.0, 10.0, 100.0)):
     layer.stages = nn.ModuleList(Plus(number) for number in numbers)
-    layer.gates = nn.ModuleList(nn.Identity() for _ in numbers)
+    layer.gates = nn.ModuleList(Open() for _ in numbers)
     return layer
 
 

@@ -155,8 +155,9 @@ def test_self_attention_is_pytorchs():
 # Swin and channel attention
 
 
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(("height", "width", "window"), [(4, 6, 2), (5, 7, 3), (2, 3, 4)])
-def test_swin_stage_is_its_formula(height, width, window):
+def test_swin_stage_is_its_formula(height, width, window, training):
     """x + LN(block(x)), where a cell attends to the cells of its own window; heads of 3 channels."""
     stage = randomised(SwinStage(6, 2, window, mlp_ratio=2.0))
     x = random(2, height, width, 6)
@@ -176,7 +177,13 @@ def test_swin_stage_is_its_formula(height, width, window):
     y = x + attended @ stage.attn.proj.weight.T + stage.attn.proj.bias
     hidden = gelu(norm(stage.norm2, y, 1e-5) @ stage.mlp.fc1.weight.T + stage.mlp.fc1.bias)
     y = y + hidden @ stage.mlp.fc2.weight.T + stage.mlp.fc2.bias
-    torch.testing.assert_close(stage(x), x + norm(stage.norm_out, y, 1e-5))
+    wanted = x + norm(stage.norm_out, y, 1e-5)
+    with torch.set_grad_enabled(training):
+        found, mean, highest = stage(x)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(mean, wanted.mean(dim=(1, 2)))
+    torch.testing.assert_close(highest, wanted.amax(dim=(1, 2)))
+    assert found.requires_grad is training
 
 
 def test_channel_attention_is_its_formula():
@@ -189,7 +196,7 @@ def test_channel_attention_is_its_formula():
         hidden = F.conv2d(pooled, gate.fc1.weight[:, :, None, None]).clamp(min=0)
         total = total + F.conv2d(hidden, gate.fc2.weight[:, :, None, None])
     wanted = maps + maps / (1 + torch.exp(-total))
-    torch.testing.assert_close(gate(x), wanted.permute(0, 2, 3, 1))
+    torch.testing.assert_close(gate(x, x.mean(dim=(1, 2)), x.amax(dim=(1, 2))), wanted.permute(0, 2, 3, 1))
 
 
 def test_channel_attention_of_few_channels_keeps_one():

@@ -129,7 +129,7 @@ def test_super_resolution_is_bilinear_then_its_stages():
     found = upsample(tokens)
     x = doubled(tokens[:, 1:].reshape(2, 2, 3, 8).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     first, second = upsample.stages
-    x = upsample.gates[1](second(upsample.gates[0](first(x))))
+    x = upsample.gates[1](*second(upsample.gates[0](*first(x))))
     torch.testing.assert_close(found[:, 1:], x.reshape(2, 24, 8))
     assert torch.equal(found[:, 0], tokens[:, 0])
 

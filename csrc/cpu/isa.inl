@@ -4,6 +4,7 @@
 #include "../cross_scale_fusion/cross_scale_fusion_cpu.h"
 #include "../region_attention/region_attention_cpu.h"
 #include "../window_refinement/window_refinement_cpu.h"
+#include "../window_stage/window_stage_cpu.h"
 
 namespace lpmflow {
 namespace LPMFLOW_ISA {
@@ -16,6 +17,7 @@ int run_window_refinement_forward(const WindowForward& op) { return window_refin
 int run_window_refinement_backward(const WindowBackward& op) { return window_refinement_backward(op); }
 int run_region_attention_forward(const RegionAttentionForward& op) { return region_attention_forward(op); }
 int run_region_attention_backward(const RegionAttentionBackward& op) { return region_attention_backward(op); }
+int run_window_stage(const WindowStage& op) { return window_stage(op); }
 
 }  // namespace LPMFLOW_ISA
 }  // namespace lpmflow

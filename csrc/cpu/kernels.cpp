@@ -12,15 +12,16 @@ namespace lpmflow {
   int run_region_attention_backward(const RegionAttentionBackward& op);    \
   int run_window_refinement_forward(const WindowForward& op);              \
   int run_window_refinement_backward(const WindowBackward& op);            \
+  int run_window_stage(const WindowStage& op);                             \
   }
 
-#define LPMFLOW_KERNELS(isa, supported)                                        \
-  CpuKernels {                                                                 \
-    #isa, supported,                                                           \
-    isa::run_correlation_forward, isa::run_correlation_backward,               \
-    isa::run_cross_scale_fusion_forward, isa::run_cross_scale_fusion_backward, \
-    isa::run_region_attention_forward, isa::run_region_attention_backward,     \
-    isa::run_window_refinement_forward, isa::run_window_refinement_backward    \
+#define LPMFLOW_KERNELS(isa, supported)                                                            \
+  CpuKernels {                                                                                     \
+    #isa, supported,                                                                               \
+    isa::run_correlation_forward, isa::run_correlation_backward,                                   \
+    isa::run_cross_scale_fusion_forward, isa::run_cross_scale_fusion_backward,                     \
+    isa::run_region_attention_forward, isa::run_region_attention_backward,                         \
+    isa::run_window_refinement_forward, isa::run_window_refinement_backward, isa::run_window_stage \
   }
 
 LPMFLOW_DECLARE(baseline)

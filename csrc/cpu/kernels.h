@@ -5,6 +5,7 @@
 #include "../cross_scale_fusion/cross_scale_fusion.h"
 #include "../region_attention/region_attention.h"
 #include "../window_refinement/window_refinement.h"
+#include "../window_stage/window_stage.h"
 
 namespace lpmflow {
 
@@ -19,6 +20,7 @@ struct CpuKernels {
   int (*region_attention_backward)(const RegionAttentionBackward&);
   int (*window_refinement_forward)(const WindowForward&);
   int (*window_refinement_backward)(const WindowBackward&);
+  int (*window_stage)(const WindowStage&);
 };
 
 // Best first, ended by an entry whose isa is null.

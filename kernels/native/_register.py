@@ -25,15 +25,29 @@ def register(
     The forward's gradient is `differentiate(ctx, *grads)`, from what `save(ctx, inputs, output)` kept; the backward
     has none, and neither is to be vmapped: both are refused in one sentence.
     """
-    for name, operator in ((f"lpmflow::{op}_native", forward), (f"lpmflow::{op}_native_backward", backward)):
-        torch.library.define(name, operator.schema, tags=torch.Tag.pt2_compliant_tag)
-        for device, run in operator.runs.items():
-            torch.library.impl(name, device)(run)
-        torch.library.register_fake(name)(operator.fake)
-        if hasattr(torch.library, "register_vmap"):  # PyTorch 2.5; before, vmap has a refusal of its own
-            torch.library.register_vmap(name)(functools.partial(_refuse_vmap, op))
+    _define(op, f"lpmflow::{op}_native", forward)
+    _define(op, f"lpmflow::{op}_native_backward", backward)
     torch.library.register_autograd(f"lpmflow::{op}_native", differentiate, setup_context=save)
     torch.library.register_autograd(f"lpmflow::{op}_native_backward", functools.partial(_refuse_second_order, op))
+
+
+def register_forward(op: str, forward: Operator) -> None:
+    """`lpmflow::{op}_native`, for inference: a gradient is refused in one sentence, and so is vmap."""
+    _define(op, f"lpmflow::{op}_native", forward)
+    torch.library.register_autograd(f"lpmflow::{op}_native", functools.partial(_refuse_gradient, op))
+
+
+def _define(op: str, name: str, operator: Operator) -> None:
+    torch.library.define(name, operator.schema, tags=torch.Tag.pt2_compliant_tag)
+    for device, run in operator.runs.items():
+        torch.library.impl(name, device)(run)
+    torch.library.register_fake(name)(operator.fake)
+    if hasattr(torch.library, "register_vmap"):  # PyTorch 2.5; before, vmap has a refusal of its own
+        torch.library.register_vmap(name)(functools.partial(_refuse_vmap, op))
+
+
+def _refuse_gradient(op: str, ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    raise RuntimeError(f"{op}: the native backend does this for inference only, and has no derivative")
 
 
 def _refuse_second_order(op: str, ctx: Any, *grads: Any) -> tuple[Any, ...]:

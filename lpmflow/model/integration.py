@@ -88,6 +88,6 @@ class FlowIntegration(nn.Module):
         x = torch.cat(parts, dim=1).permute(0, 2, 3, 1).contiguous()
         total = torch.zeros_like(x)
         for stage, gate in zip(self.stages, self.gates, strict=True):
-            x = gate(stage(x))
+            x = gate(*stage(x))
             total = total + x
         return self.head_out(F.relu(self.head_hidden(total.permute(0, 3, 1, 2))))

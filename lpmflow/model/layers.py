@@ -62,7 +62,10 @@ class SelfAttention(Projections):
 
 
 class SwinStage(nn.Module):
-    """One Swin block without shift, then x + LN(block(x)); on (B, H, W, C)."""
+    """One Swin block without shift, then x + LN(block(x)); on (B, H, W, C).
+
+    Where no gradients are recorded the whole is one operation, which may compute it in one pass over the map.
+    """
 
     def __init__(self, width: int, heads: int, window: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -75,25 +78,50 @@ class SwinStage(nn.Module):
         self.norm_out = nn.LayerNorm(width, eps=1e-5)
         nn.init.trunc_normal_(self.bias_table, std=0.02)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> ops.PooledMap:
+        """The map, and what `ChannelAttention` wants of it."""
+        if not torch.is_grad_enabled():
+            return ops.window_stage(x, self.weights(), heads=self.attn.heads, window=self.window, eps=self.norm1.eps)
         qkv = self.attn.qkv(self.norm1(x))
         attended = ops.window_attention(qkv, self.bias_table, heads=self.attn.heads, window=self.window)
         y = x + self.attn.proj(attended)
         y = y + self.mlp(self.norm2(y))
-        return x + self.norm_out(y)
+        y = x + self.norm_out(y)
+        return ops.PooledMap(y, y.mean(dim=(1, 2)), y.amax(dim=(1, 2)))
+
+    def weights(self) -> ops.StageWeights:
+        """All parameters, by the names of the operation."""
+        norm1, attn, norm2, mlp, norm_out = self.norm1, self.attn, self.norm2, self.mlp, self.norm_out
+        return ops.StageWeights(
+            norm1_weight=norm1.weight,
+            norm1_bias=norm1.bias,
+            qkv_weight=attn.qkv.weight,
+            qkv_bias=attn.qkv.bias,
+            bias_table=self.bias_table,
+            proj_weight=attn.proj.weight,
+            proj_bias=attn.proj.bias,
+            norm2_weight=norm2.weight,
+            norm2_bias=norm2.bias,
+            fc1_weight=mlp.fc1.weight,
+            fc1_bias=mlp.fc1.bias,
+            fc2_weight=mlp.fc2.weight,
+            fc2_bias=mlp.fc2.bias,
+            norm_out_weight=norm_out.weight,
+            norm_out_bias=norm_out.bias,
+        )
 
 
 class ChannelAttention(nn.Module):
-    """x + x * sigmoid(f(mean x) + f(max x)) with one gate a channel; on (B, H, W, C)."""
+    """x + x * sigmoid(f(mean x) + f(max x)) with one gate a channel; on (B, H, W, C), mean and max given."""
 
     def __init__(self, width: int, reduction: int = 16) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, max(width // reduction, 1), bias=False)
         self.fc2 = nn.Linear(max(width // reduction, 1), width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        pooled = torch.stack((x.mean(dim=(1, 2)), x.amax(dim=(1, 2))))
-        gate = self.fc2(F.relu(self.fc1(pooled))).sum(dim=0).sigmoid()
+    def forward(self, x: Tensor, mean: Tensor, highest: Tensor) -> Tensor:
+        """`mean` and `highest` (B, C) are of x over its cells."""
+        gate = self.fc2(F.relu(self.fc1(torch.stack((mean, highest))))).sum(dim=0).sigmoid()
         return x + x * gate[:, None, None, :]
 
 

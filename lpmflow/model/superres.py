@@ -90,7 +90,7 @@ class SuperResolution(nn.Module):
         if self.skip is not None and fine is not None:
             x = x + self.skip(fine.permute(0, 2, 3, 1))
         for stage, gate in zip(self.stages, self.gates, strict=True):
-            x = gate(stage(x))
+            x = gate(*stage(x))
         return torch.cat((cls, x.flatten(1, 2)), dim=1)
 
 

@@ -13,12 +13,15 @@ from lpmflow.ops.correlation_volume import correlation_volume
 from lpmflow.ops.cross_scale_fusion import FusedFlow, cross_scale_fusion
 from lpmflow.ops.region_attention import region_attention
 from lpmflow.ops.window_refinement import window_attention
-from lpmflow.reference import region_bias
+from lpmflow.ops.window_stage import window_stage
+from lpmflow.reference import PooledMap, StageWeights, region_bias
 
 __all__ = [
     "BACKENDS",
     "CorrelationFlow",
     "FusedFlow",
+    "PooledMap",
+    "StageWeights",
     "backend_report",
     "correlation",
     "correlation_flow",
@@ -30,4 +33,5 @@ __all__ = [
     "region_bias",
     "use_backend",
     "window_attention",
+    "window_stage",
 ]

@@ -47,7 +47,7 @@ def window_attention(
     check_shape(OP, "bias_table", bias_table, ((2 * window - 1) ** 2, heads))
     if bias_table.device != qkv.device:
         raise ValueError(f"{OP}: bias_table must be on qkv's device {qkv.device}, got {bias_table.device}")
-    chosen = choose(OP, backend, qkv.device.type, lambda name: _why_not(name, qkv, bias_table))
+    chosen = choose(OP, backend, qkv.device.type, lambda name: why_not_attention(name, qkv, bias_table))
     with without_autocast(qkv.device):
         if chosen == "native":
             from lpmflow_kernels.native import window_refinement as native
@@ -56,7 +56,7 @@ def window_attention(
         return reference.window_attention(qkv, bias_table, heads=heads, window=window, shift=shift)
 
 
-def _why_not(backend: str, qkv: Tensor, bias_table: Tensor) -> str | None:
+def why_not_attention(backend: str, qkv: Tensor, bias_table: Tensor) -> str | None:
     """None when an installed backend can compute with tensors like these, else the reason in one sentence."""
     reason: str | None = None
     if backend != "reference" and has_tangent(qkv, bias_table):

@@ -6,8 +6,11 @@ from lpmflow.reference.correlation_volume import correlation_volume
 from lpmflow.reference.cross_scale_fusion import cross_scale_fusion, lines_of_rows
 from lpmflow.reference.region_attention import region_attention, region_bias
 from lpmflow.reference.window_refinement import window_attention
+from lpmflow.reference.window_stage import PooledMap, StageWeights, window_stage
 
 __all__ = [
+    "PooledMap",
+    "StageWeights",
     "correlation",
     "correlation_flow",
     "correlation_volume",
@@ -16,4 +19,5 @@ __all__ = [
     "region_attention",
     "region_bias",
     "window_attention",
+    "window_stage",
 ]
