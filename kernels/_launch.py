@@ -14,7 +14,6 @@ import torch
 import triton
 from torch import Tensor
 
-MAX_WIDTH = 256
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _OLDEST = (3, 4)
@@ -22,16 +21,21 @@ _OLDEST = (3, 4)
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tuning of one kernel: queries and keys of a tile, warps of a program, iterations of loads in flight."""
+    """Tuning of one kernel: queries and keys of a tile, warps of a program, iterations of loads in flight.
+
+    `registers` is the most a thread may have; without it, the compiler spends all there are on loads in flight.
+    """
 
     block_q: int
     block_k: int
     num_warps: int
     num_stages: int
+    registers: int | None = None
 
     def options(self) -> dict[str, Any]:
         """The compiler's options. Triton 3.9 warns where fusion is left to its default, which it is going to change."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        return options if self.registers is None else {**options, "maxnreg": self.registers}
 
 
 @dataclass(frozen=True)
@@ -76,19 +80,17 @@ def why_no_device() -> str | None:
     return "it runs on CUDA devices and none is visible (on the CPU with TRITON_INTERPRET=1, slowly)"
 
 
-def why_not(q: Tensor) -> str | None:
-    """None when the Triton kernels can compute with tensors like `q`, else the reason in one sentence."""
-    if q.dtype not in DTYPES:
-        return f"it takes float32, float16 and bfloat16, and q is {str(q.dtype).removeprefix('torch.')}"
-    if q.shape[-1] > MAX_WIDTH:
-        return f"it takes head widths D up to {MAX_WIDTH}, got {q.shape[-1]}"
-    if _INTERPRETED and q.device.type in ("cpu", "cuda"):
+def why_not_on_device(name: str, x: Tensor) -> str | None:
+    """None when Triton's kernels can compute with tensors like the argument `name`, else the reason in one sentence."""
+    if x.dtype not in DTYPES:
+        return f"it takes float32, float16 and bfloat16, and {name} is {str(x.dtype).removeprefix('torch.')}"
+    if _INTERPRETED and x.device.type in ("cpu", "cuda"):
         return None
-    if q.device.type != "cuda":
-        return f"it runs on CUDA devices (on the CPU with TRITON_INTERPRET=1, slowly), and q is on {q.device.type}"
-    major, minor = torch.cuda.get_device_capability(q.device.index)
+    if x.device.type != "cuda":
+        return f"it runs on CUDA devices (on the CPU with TRITON_INTERPRET=1, slowly), and {name} is on {x.device.type}"
+    major, minor = torch.cuda.get_device_capability(x.device.index)
     if major < 8:
-        return f"it takes GPUs of compute capability 8.0 and later, and q is on one of {major}.{minor}"
+        return f"it takes GPUs of compute capability 8.0 and later, and {name} is on one of {major}.{minor}"
     return None
 
 

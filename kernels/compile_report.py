@@ -1,7 +1,8 @@
 """`python -m lpmflow_kernels.compile_report`: what the compiler made of every Triton kernel, as a Markdown table.
 
-Compiles ahead of time, which needs no GPU, what the launchers would launch for each input type, head width and
-architecture, and exits with 1 when a kernel spills registers or wants more shared memory than there is.
+Compiles ahead of time, which needs no GPU, what the launchers would launch for each input type, size (a head width D,
+or the side of an output grid) and architecture, and exits with 1 when a kernel spills registers or wants more shared
+memory than there is.
 Rows are kernels: the tile (queries x keys), warps and stages from the op's `configuration`, registers a thread, bytes
 spilled a thread, kilobytes of shared memory a program, and which instruction multiplies.
 """
@@ -23,10 +24,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lpmflow_kernels import correlation
+from lpmflow_kernels import correlation, cross_scale_fusion
 from lpmflow_kernels._launch import DTYPES, Launch, Tiles, keep_launches
 
-WIDTHS = (12, 24, 32, 64, 96, 128, 160, 256)
+# Head widths of correlation, and sides of the output grid of cross_scale_fusion.
+SIZES = {"correlation": (12, 24, 32, 64, 96, 128, 160, 256), "cross_scale_fusion": (24, 32, 64)}
 CAPABILITIES = (80, 90, 100)
 # Bytes a thread. ptxas puts a value or two aside, from before a loop to after it, where that lets one more program run
 # on a multiprocessor at the same time; to be short of registers costs hundreds.
@@ -88,23 +90,54 @@ def correlation_launches(dtype: torch.dtype, width: int) -> list[tuple[str, Laun
     return found
 
 
-# Op -> its launches for an input type and a head width. A new op adds a line.
-LAUNCHES: dict[str, Callable[[torch.dtype, int], list[tuple[str, Launch]]]] = {"correlation": correlation_launches}
+def cross_scale_fusion_launches(dtype: torch.dtype, side: int) -> list[tuple[str, Launch]]:
+    """Forward and backward where both sides, the source, the target, and neither are interpolated."""
+    found = []
+    table, out = torch.empty(side, device="meta"), [side, side]
+    half = side // 2
+    for label, source, target in (
+        ("both", half, half),
+        ("source", half, side),
+        ("target", side, half),
+        ("", side, side),
+    ):
+        corrs, grids = [torch.empty((2, source**2, target**2), dtype=dtype, device="meta")], [source] * 2 + [target] * 2
+        with keep_launches() as kept:
+            outputs = cross_scale_fusion.forward(corrs, grids, out, 0.02, table, table)
+            cross_scale_fusion.backward(outputs[0], corrs, grids, out, 0.02, table, table, *outputs)
+        found.extend((label, launch) for launch in kept)
+    return found
+
+
+# Op -> its launches for an input type and a size. A new op adds a line.
+LAUNCHES: dict[str, Callable[[torch.dtype, int], list[tuple[str, Launch]]]] = {
+    "correlation": correlation_launches,
+    "cross_scale_fusion": cross_scale_fusion_launches,
+}
 
 
 def compile_launch(label: str, launch: Launch, capability: int) -> Compiled:
     """Compile what `launch` would run, specialised for its arguments as Triton does when launching."""
-    signature, constants, attributes = {}, {}, {}
-    for index, (name, value) in enumerate(launch.arguments.items()):
-        if value is None or launch.kernel.params[index].is_constexpr or (type(value) is int and value == 1):
-            signature[name], constants[name] = "constexpr", value
-            continue
-        if isinstance(value, Tensor):
-            signature[name] = f"*{_TYPES[value.dtype]}"
-        else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def describe(path: tuple[int, ...], value: Any, is_constant: bool) -> Any:
+        """The type of an argument or, for a tuple, of all in it; `path` leads there."""
+        if isinstance(value, tuple) and not is_constant:
+            types = [describe((*path, index), one, False) for index, one in enumerate(value)]
+            return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
+        if value is None or is_constant or (type(value) is int and value == 1):
+            constants[path] = value
+            return "constexpr"
         if isinstance(value, Tensor) or (type(value) is int and value % 16 == 0):
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            attributes[path] = [["tt.divisibility", 16]]
+        if isinstance(value, Tensor):
+            return f"*{_TYPES[value.dtype]}"
+        return "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"
+
+    for index, (name, value) in enumerate(launch.arguments.items()):
+        signature[name] = describe((index,), value, launch.kernel.params[index].is_constexpr)
     source = ASTSource(launch.kernel, signature, constants, attributes)
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.tiles.options())
     registers, spilled = _resources(built.asm["cubin"])
@@ -125,18 +158,18 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def report(
-    ops: Sequence[str], dtypes: Sequence[torch.dtype], widths: Sequence[int], capabilities: Sequence[int]
+    ops: Sequence[str], dtypes: Sequence[torch.dtype], sizes: Sequence[int] | None, capabilities: Sequence[int]
 ) -> Iterator[tuple[str, str | None]]:
     """(line of the table, why it is at fault or None), as they are compiled."""
-    yield "| op | kernel | type | D | tile | warps | stages | sm | registers | spilled | shared | multiplies |", None
+    yield "| op | kernel | type | size | tile | warps | stages | sm | registers | spilled | shared | multiplies |", None
     yield f"|{' --- |' * 12}", None
     for op in ops:
         for dtype in dtypes:
-            for width in widths:
-                for label, launch in LAUNCHES[op](dtype, width):
+            for size in sizes or SIZES[op]:
+                for label, launch in LAUNCHES[op](dtype, size):
                     for capability in capabilities:
                         one = compile_launch(label, launch, capability)
-                        row = f"| {op} | {one.kernel} | {_TYPES[dtype]} | {width} | {one.cells()} |"
+                        row = f"| {op} | {one.kernel} | {_TYPES[dtype]} | {size} | {one.cells()} |"
                         yield row, one.fault()
 
 
@@ -145,11 +178,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     types = {name: dtype for dtype, name in _TYPES.items()}
     parser.add_argument("--op", nargs="+", choices=tuple(LAUNCHES), default=tuple(LAUNCHES))
     parser.add_argument("--type", nargs="+", choices=tuple(types), default=tuple(_TYPES[dtype] for dtype in DTYPES))
-    parser.add_argument("--width", nargs="+", type=int, default=WIDTHS, help="head widths D")
+    parser.add_argument("--size", nargs="+", type=int, help="head widths D, or sides of the output grid")
     parser.add_argument("--sm", nargs="+", type=int, choices=tuple(SHARED_LIMIT), default=CAPABILITIES)
     chosen = parser.parse_args(arguments)
     faults = []
-    for line, fault in report(chosen.op, [types[name] for name in chosen.type], chosen.width, chosen.sm):
+    for line, fault in report(chosen.op, [types[name] for name in chosen.type], chosen.size, chosen.sm):
         print(line, flush=True)
         faults += [fault] if fault else []
     print("".join(f"\nfault: {fault}" for fault in faults), file=sys.stderr)

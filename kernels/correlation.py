@@ -34,7 +34,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lpmflow_kernels._launch import Tiles, define, dense_rows, launch, refuse_second_order, row_alignment, why_not
+from lpmflow_kernels._launch import (
+    Tiles,
+    define,
+    dense_rows,
+    launch,
+    refuse_second_order,
+    row_alignment,
+    why_not_on_device,
+)
 from lpmflow_kernels._tiles import (
     add_product,
     dot_rows,
@@ -50,6 +58,7 @@ from lpmflow_kernels._tiles import (
 __all__ = ["configuration", "correlation", "why_not"]
 
 OP = "correlation"
+MAX_WIDTH = 256
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite, so that a row of nothing but -inf comes out NaN, as it should
 
 # Kernel -> float16 and bfloat16, then float32; each for D up to 64, 96, 128 and 256: (queries, keys, warps, stages).
@@ -319,6 +328,13 @@ def dkv_kernel(
     store_rows(p_dk + i_bh * M * D, scale_rows(b_dk, scale), o_k, D, M, D)
     if p_do is not None:
         store_rows(p_dv + i_bh * M * D, b_dv, o_k, D, M, D)
+
+
+def why_not(q: Tensor) -> str | None:
+    """None when the Triton kernels can compute with tensors like `q`, else the reason in one sentence."""
+    if q.shape[-1] > MAX_WIDTH:
+        return f"it takes head widths D up to {MAX_WIDTH}, got {q.shape[-1]}"
+    return why_not_on_device("q", q)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, prefix: int) -> tuple[Tensor, Tensor, Tensor]:

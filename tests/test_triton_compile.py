@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from lpmflow_kernels import compile_report, correlation  # noqa: E402
+from lpmflow_kernels import compile_report, correlation, cross_scale_fusion  # noqa: E402
 from lpmflow_kernels._launch import Tiles, keep_launches  # noqa: E402
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -34,16 +34,37 @@ def cache(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir()) / "lpmflow-test-triton-cache"))
 
 
-@pytest.mark.parametrize("op", compile_report.LAUNCHES)
 @pytest.mark.parametrize(("dtype", "width", "capability"), SAMPLE)
-def test_kernels_compile_without_spills(op, dtype, width, capability):
-    launches = [launch for label, launch in compile_report.LAUNCHES[op](TYPES[dtype], width) if label == ""]
+def test_correlation_compiles_without_spills(dtype, width, capability):
+    launches = [launch for label, launch in compile_report.LAUNCHES["correlation"](TYPES[dtype], width) if label == ""]
     assert launches
     for launch in launches:
         compiled = compile_report.compile_launch("", launch, capability)
         assert compiled.fault() is None
         if dtype != "fp32":
             assert compiled.multiplier == {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}[capability], compiled.kernel
+
+
+@pytest.mark.parametrize(
+    ("dtype", "side", "capability"), [("fp32", 32, 90), ("bf16", 32, 80), ("fp16", 24, 100), ("fp32", 64, 90)]
+)
+def test_cross_scale_fusion_compiles_without_spills(dtype, side, capability):
+    launches = compile_report.LAUNCHES["cross_scale_fusion"](TYPES[dtype], side)
+    assert len(launches) == 12
+    for label, launch in launches:
+        assert compile_report.compile_launch(label, launch, capability).fault() is None
+
+
+def test_cross_scale_fusion_of_single_cells_compiles():
+    table = torch.empty(1, device="meta")
+    for source, target in ((1, 1), (1, 2), (2, 1), (2, 2)):
+        corrs, grids = [torch.empty(1, source, target, device="meta")], [source, 1, 1, target]
+        with keep_launches() as launches:
+            outputs = cross_scale_fusion.forward(corrs, grids, [1, 1], 0.02, table, table)
+            cross_scale_fusion.backward(outputs[0], corrs, grids, [1, 1], 0.02, table, table, *outputs)
+        assert len(launches) == 3
+        for launch in launches:
+            assert compile_report.compile_launch("", launch, 80).registers > 0
 
 
 def test_sizes_and_strides_of_one_compile():
@@ -76,7 +97,7 @@ def test_too_much_shared_memory_is_a_fault():
 
 
 def test_the_command_prints_a_table_and_its_status_says_whether_there_are_faults(capsys, monkeypatch):
-    arguments = ["--type", "bf16", "--width", "96", "--sm", "90"]
+    arguments = ["--type", "bf16", "--op", "correlation", "--size", "96", "--sm", "90"]
     good = compile_report.Compiled("dq", Tiles(64, 32, 4, 2), 90, 128, 0, 57344, "wgmma")
     monkeypatch.setattr(compile_report, "compile_launch", lambda *_: good)
     assert compile_report.main(arguments) == 0

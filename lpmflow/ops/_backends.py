@@ -18,7 +18,7 @@ BACKENDS = ("reference", "native", "triton")
 OPS = ("correlation", "cross_scale_fusion", "window_refinement", "region_attention")
 
 # Backend -> the ops it has.
-KERNELS = {"native": OPS, "triton": ("correlation",)}
+KERNELS = {"native": OPS, "triton": ("correlation", "cross_scale_fusion")}
 
 # The automatic choice: (op, device type) -> the backends worth trying, best first. Measured by `pytest benchmarks/`;
 # the reference is always the last. A CUDA kernel enters only with a record of its tests on real hardware, which
