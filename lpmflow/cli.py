@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from lpmflow.result import Match
 
 OUTPUTS = (".png", ".npz", ".flo")
+BENCHMARKS = ("spair", "pf-pascal", "pf-willow", "caltech-101", "ap-10k", "hpatches")
+PROTOCOLS = ("spair", "lpmflow", "cats", "dift", "geoaware", "pf-pascal", "pf-willow", "pf-willow-bbox")
 
 EXAMPLES = {
     "main": """\
@@ -42,7 +44,13 @@ line of its own, as "x,y -> x,y", the second in pixels of B. Write --points=-0.3
     "evaluate": """\
 examples:
   lpmflow evaluate --benchmark spair --root SPair-71k --split val
-  lpmflow evaluate --benchmark hpatches --root hpatches/v_dogman --model trained.safetensors
+  lpmflow evaluate --benchmark spair --root SPair-71k --split test --protocol spair lpmflow --predictions kept.file
+  lpmflow evaluate --benchmark pf-willow --root PF-WILLOW --model trained.safetensors --json out.json --worst 9 worst
+  lpmflow evaluate --benchmark pf-willow --root PF-WILLOW --model identity
+  lpmflow evaluate --benchmark hpatches --root hpatches/v_dogman
+
+A figure means nothing without its protocol, which says what is measured against what; lpmflow/evaluation/README.md
+describes each. --model identity matches nothing: what the data set gives away for nothing.
 """,
     "check": """\
 examples:
@@ -102,16 +110,7 @@ def parser() -> argparse.ArgumentParser:
     _matcher_options(match)
     match.set_defaults(command=match)
 
-    evaluate = _command(commands, "evaluate", "score a model on image pairs whose truth is known", run_evaluate)
-    evaluate.add_argument(
-        "--benchmark", required=True, choices=("spair", "hpatches"), help="keypoints, or homographies"
-    )
-    evaluate.add_argument("--root", required=True, metavar="DIR", help="folder in that layout")
-    evaluate.add_argument(
-        "--split", default="val", choices=("trn", "val", "test"), help="of spair (default: %(default)s)"
-    )
-    evaluate.add_argument("--batch-size", metavar="N", type=int, default=8, help="pairs at once (default: %(default)s)")
-    _matcher_options(evaluate)
+    _evaluate_options(_command(commands, "evaluate", "score a model on image pairs whose truth is known", run_evaluate))
 
     data = commands.add_parser("data", help="look at data sets", description="Look at data sets.")
     check = _command(
@@ -156,11 +155,9 @@ def run_match(args: argparse.Namespace) -> None:
 
 def run_evaluate(args: argparse.Namespace) -> None:
     """`lpmflow evaluate`."""
-    from lpmflow import benchmark
-    from lpmflow.matcher import Matcher
+    from lpmflow.benchmark import command
 
-    matcher = Matcher(model=args.model, device=args.device, dtype=args.dtype, image_size=args.image_size)
-    benchmark.run(args.benchmark, args.root, matcher, split=args.split, batch_size=args.batch_size)
+    command.run(args)
 
 
 def run_data_check(args: argparse.Namespace) -> int:
@@ -197,6 +194,31 @@ def run_info(args: argparse.Namespace) -> None:
         print(json.dumps(found, indent=2))
     else:
         print(info.format_info(found))
+
+
+def _evaluate_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--benchmark", required=True, choices=BENCHMARKS, help="the data set")
+    add("--root", required=True, metavar="DIR", help="its folder")
+    add("--split", metavar="NAME", help="which pairs (default: val where the data set has one, else its only one)")
+    add(
+        "--protocol",
+        metavar="NAME",
+        nargs="+",
+        default=[],
+        choices=PROTOCOLS,
+        help=f"how to count, one or more of {', '.join(PROTOCOLS)} (default: the one most papers use on the data set)",
+    )
+    add("--alpha", metavar="A", nargs="+", type=float, default=[], help="thresholds (default: those of the protocol)")
+    add("--groups", metavar="FILE", help="JSON, category -> symmetric groups of points, for the geometry-aware subset")
+    add("--batch-size", metavar="N", type=int, default=8, help="pairs the model gets at once (default: %(default)s)")
+    add("--workers", metavar="N", type=int, default=0, help="processes that read photographs (default: %(default)s)")
+    add("--predictions", metavar="FILE", help="keep where points went, to go on after a stop and to score again")
+    add("--json", metavar="FILE", help="write every figure as JSON")
+    add("--csv", metavar="FILE", help="write every figure as CSV")
+    add("--markdown", metavar="FILE", help="write the tables as Markdown")
+    add("--worst", nargs=2, metavar=("N", "DIR"), help="draw the N worst pairs as pictures in DIR")
+    _matcher_options(command)
 
 
 def _matcher_options(command: argparse.ArgumentParser) -> None:

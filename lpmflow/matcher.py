@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
+import json
 import os
 import threading
 from collections.abc import Iterable
@@ -97,6 +99,20 @@ class Matcher:
                 read.append((self._read(source, f"{name}[0]"), self._read(target, f"{name}[1]")))
             matches += self._match(read, names)
         return matches
+
+    @property
+    def name(self) -> str:
+        """What the model is called in its configuration."""
+        return self.model.config.name
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of the weights, the configuration and the precision: two matchers that share them
+        answer alike, up to rounding that differs from machine to machine."""
+        digest = hashlib.sha256(json.dumps([self.model.config.to_dict(), str(self.dtype)], sort_keys=True).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")

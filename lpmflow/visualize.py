@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _SIDE = 640
 """Longest side of an image in a figure, in pixels."""
 _INK = "#1c2430"
+_RIGHT, _WRONG = "#1f6fd6", "#d62728"
 _WIDTH, _MARGIN, _GAP, _TITLE = 12.0, 0.25, 0.2, 0.3
 """Inches: of the figure, around it, between panels, and above each for its title."""
 
@@ -120,6 +121,59 @@ def correspondence_figure(
     _draw_correspondences(
         figure, source, target, np.asarray(points), np.asarray(moved), _MARGIN, height, ("source", "target")
     )
+    return figure
+
+
+def prediction_figure(
+    source: NDArray[np.uint8],
+    target: NDArray[np.uint8],
+    points: ArrayLike,
+    moved: ArrayLike,
+    marked: ArrayLike,
+    right: ArrayLike,
+    *,
+    title: str = "",
+    sides: tuple[str, str] = ("source", "target"),
+) -> Figure:
+    """Where points (N, 2) of the source were put, `moved` (N, 2), and where they should be, `marked` (N, 2).
+
+    A line leads from each point to its place, blue where `right` (N,) says so, else red; in the target a dotted line
+    leads on to a ring at the marked place. `sides` are the panels' titles. Raises ValueError when shapes differ.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import ConnectionPatch
+    from matplotlib.patheffects import Normal, Stroke
+
+    begin, end, truth = (np.asarray(array, dtype=np.float64) for array in (points, moved, marked))
+    good = np.asarray(right, dtype=bool)
+    if begin.ndim != 2 or begin.shape[1] != 2 or not begin.shape == end.shape == truth.shape == (len(good), 2):
+        raise ValueError(
+            f"points, moved and marked must have shape (N, 2) and right (N,), got {begin.shape}, {end.shape}, "
+            f"{truth.shape} and {good.shape}"
+        )
+    panel = (_WIDTH - 2 * _MARGIN - _GAP) / 2
+    height = panel * max(_aspect(source), _aspect(target))
+    figure = Figure(figsize=(_WIDTH, height + 2 * _TITLE + 2 * _MARGIN), dpi=110, facecolor="white")
+    figure.text(0.5, 1 - _MARGIN / figure.get_figheight(), title, ha="center", va="top", fontsize=11, color=_INK)
+    left = _axes(figure, _MARGIN, _MARGIN, panel, height, sides[0])
+    beside = _axes(figure, _MARGIN + panel + _GAP, _MARGIN, panel, height, sides[1])
+    left.imshow(source)
+    beside.imshow(target)
+    halo = [Stroke(linewidth=3, foreground="white", alpha=0.75), Normal()]
+    for start, place, mark, ok in zip(begin, end, truth, good, strict=True):
+        color = _RIGHT if ok else _WRONG
+        left.plot(*start, "o", color=color, markersize=6, markeredgecolor="white")
+        beside.plot(*mark, "o", color="none", markersize=9, markeredgecolor=color, markeredgewidth=2, clip_on=False)
+        if not np.isfinite(place).all():
+            continue
+        line = ConnectionPatch(start, place, "data", "data", axesA=left, axesB=beside, color=color, linewidth=1.2)
+        line.set_path_effects(halo)
+        figure.add_artist(line)
+        beside.plot(*zip(place, mark, strict=True), ":", color=color, linewidth=1.4, clip_on=False)
+        beside.plot(*place, "o", color=color, markersize=6, markeredgecolor="white", clip_on=False)
+    for axes, image in ((left, source), (beside, target)):
+        axes.set_xlim(-0.5, image.shape[1] - 0.5)  # what lies outside must not shrink the photograph
+        axes.set_ylim(image.shape[0] - 0.5, -0.5)
     return figure
 
 

@@ -8,39 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from made_up_pairs import PER_IMAGE, PER_POINT, THREE, keypoints, outlines, picture
 
 import lpmflow
 from lpmflow import benchmark, cli
-from lpmflow.data import load_homographies, load_spair
+from lpmflow.benchmark import evaluate
+from lpmflow.data import load_homographies
+from lpmflow.evaluation import PROTOCOLS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-Point = tuple[float, float]
-
-
-def picture(file: Path, width: int = 96, height: int = 96) -> None:
-    """Gray everywhere: between pictures of one colour the fake network's shift is exact. Its grid is 96 x 96."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (width, height), (128, 128, 128)).save(file)
-
-
-def keypoints(root: Path, pairs: list[tuple[list[Point], list[Point]]], target: tuple[int, int] = (96, 96)) -> Path:
-    """A folder in SPair-71k's layout; all boxes have a longer side of 100."""
-    names = []
-    for number, (source_points, target_points) in enumerate(pairs):
-        name = f"{number:06d}-a-b"
-        picture(root / "JPEGImages" / "cup" / f"a{number}.png")
-        picture(root / "JPEGImages" / "cup" / f"b{number}.png", *target)
-        fields = {"src_imname": f"a{number}.png", "trg_imname": f"b{number}.png"}
-        boxes = {"src_bndbox": [0, 0, 50, 30], "trg_bndbox": [-10, 5, 20, 105]}
-        file = root / "PairAnnotation" / "val" / f"{name}_cup.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({**fields, **boxes, "src_kps": source_points, "trg_kps": target_points}))
-        names.append(f"{name}:cup")
-    (root / "Layout" / "large").mkdir(parents=True)
-    (root / "Layout" / "large" / "val.txt").write_text("\n".join(names))
-    return root
 
 
 @pytest.fixture
@@ -49,55 +25,147 @@ def shifted(make_fake_model: Any) -> lpmflow.Matcher:
     return lpmflow.Matcher(make_fake_model((3.0, -2.0)), "cpu")
 
 
-# Four keypoints that miss by 0, 4.9, 9.9 and 16 pixels, one that is met, and two that miss by 4.9 (2.94 to the right,
-# 3.92 down) and 40. None lies on a border, which rounding inside the network might cross.
-THREE: list[tuple[list[Point], list[Point]]] = [
-    ([(10, 20), (11, 21), (50, 60), (90, 8)], [(13, 18), (18.9, 19), (53, 48.1), (77, 6)]),
-    ([(4.5, 40)], [(7.5, 38)]),
-    ([(30, 30), (20, 20)], [(35.94, 31.92), (63, 18)]),
-]
-# within 1: 1 of 4, 1 of 1, 0 of 2; within 5: 2 of 4, 1 of 1, 1 of 2; within 10: 3 of 4, 1, 1 of 2; within 15: the same
-REPORT = """\
-{title}: 3 pairs, 7 keypoints; correct is distance <= alpha x longer side of the target box
-alpha   per image   per keypoint
-0.01       41.7 %         28.6 %
-0.05       66.7 %         57.1 %
-0.1        75.0 %         71.4 %
-0.15       75.0 %         71.4 %
-"""
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_pck_of_known_misses(tmp_path: Path, shifted: lpmflow.Matcher, batch_size: int) -> None:
-    lines: list[str] = []
-    root = keypoints(tmp_path, THREE)
-    benchmark.run("spair", root, shifted, batch_size=batch_size, say=lines.append)
-    assert "\n".join(lines) + "\n" == REPORT.format(title=f"{root}, val")
+@pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (2, 0), (8, 0), (2, 1)])
+def test_pck_of_known_misses(tmp_path: Path, shifted: lpmflow.Matcher, batch_size: int, workers: int) -> None:
+    report = evaluate("spair", keypoints(tmp_path, THREE), shifted, batch_size=batch_size, workers=workers)
+    rows = report.select("spair")
+    assert [row.alpha for row in rows] == [0.01, 0.05, 0.1, 0.15]
+    assert [row.per_image for row in rows] == pytest.approx(PER_IMAGE)
+    assert [row.per_point for row in rows] == pytest.approx(PER_POINT)
+    assert {(row.pairs, row.points) for row in rows} == {(3, 7)}
     batches = [call["shape"][0] for call in shifted.model.calls]  # type: ignore[operator, union-attr]
     assert batches == {1: [1, 1, 1], 2: [2, 1], 8: [3]}[batch_size]
+    assert (report.benchmark, report.split, report.pairs, report.points) == ("spair", "val", 3, 7)
+    assert (report.model, report.model_hash) == ("fake", shifted.fingerprint()) and not report.official
 
 
-def test_the_scores_are_returned(tmp_path: Path, shifted: lpmflow.Matcher) -> None:
-    pairs = load_spair(keypoints(tmp_path, THREE), "val")
-    scores = benchmark.report_keypoints(pairs, shifted, batch_size=2, say=str, title="")
-    assert list(scores) == [0.01, 0.05, 0.1, 0.15]
-    assert [score.per_image for score in scores.values()] == pytest.approx([125 / 3, 200 / 3, 75, 75])
-    assert [score.per_point for score in scores.values()] == pytest.approx([200 / 7, 400 / 7, 500 / 7, 500 / 7])
-    assert {(score.pairs, score.points) for score in scores.values()} == {(3, 7)}
+def test_several_protocols_and_alphas(tmp_path: Path, shifted: lpmflow.Matcher) -> None:
+    """`lpmflow` has half the R here (the source box), and both images are squashed alike."""
+    root = keypoints(tmp_path, THREE)
+    report = evaluate("spair", root, shifted, protocols=["spair", "lpmflow", "spair"], alphas=[0.2, 0.1, 0.2])
+    assert list(report.protocols) == ["spair", "lpmflow"] and report.alphas["lpmflow"] == (0.1, 0.2)
+    spair, ours = report.select("spair", alpha=0.1)[0], report.select("lpmflow", alpha=0.2)[0]
+    # the truncated point lies less than a pixel of 512 from the point, so misses change by less than 0.3 pixels
+    assert ours.per_image == spair.per_image and ours.per_point == spair.per_point
+    assert len(shifted.model.calls) == 1  # type: ignore[arg-type]
+
+
+def test_the_other_direction(tmp_path: Path, shifted: lpmflow.Matcher) -> None:
+    """Target points land 3 to the right and 2 up in the source: 6 and -4 away from where the first ones come from."""
+    root = keypoints(tmp_path, [([(10, 20)], [(13, 18)]), ([(30, 30)], [(27, 32)])])
+    report = evaluate("spair", root, shifted, protocols=["cats", "spair"], alphas=[0.07])
+    # cats, R = 50: the first misses by hypot(6, 4) = 7.2, the second by less than a pixel; spair, R = 100: the reverse
+    assert report.select("cats")[0].per_point == 50 and report.select("spair")[0].per_point == 50
 
 
 def test_the_miss_is_measured_in_pixels_of_the_target(tmp_path: Path, shifted: lpmflow.Matcher) -> None:
     """A target twice as wide and three times as high: x -> 2 (x + 3 + 0.5) - 0.5, y -> 3 (y - 2 + 0.5) - 0.5."""
     root = keypoints(tmp_path, [([(10, 10), (10, 10)], [(26.5, 25), (26.5 + 4, 25 + 4)])], target=(192, 288))
-    scores = benchmark.report_keypoints(load_spair(root, "val"), shifted, batch_size=1, say=str, title="")
-    assert (scores[0.05].per_point, scores[0.1].per_point) == (50, 100)  # misses of 0 and 5.7 pixels
+    rows = evaluate("spair", root, shifted, alphas=[0.05, 0.1]).select("spair")
+    assert [row.per_point for row in rows] == [50, 100]  # misses of 0 and 5.7 pixels
+
+
+def test_padded_photographs(tmp_path: Path, shifted: lpmflow.Matcher) -> None:
+    """A target of 192 x 96 becomes 192 x 192 with 48 black rows above: x -> 2 (x + 3.5) - 0.5, y -> 2 (y - 1.5) - 48.5.
+
+    The black rows make the padded target darker, and the fake network adds the difference of brightness to its flow,
+    so the miss is that many cells of 2 pixels; it is worked out from the network's own answer.
+    """
+    root = keypoints(tmp_path, [([(20, 60)], [(46.5, 68.5)])], target=(192, 96))
+    gray = np.full((96, 96, 3), 128, np.uint8)
+    square = np.zeros((192, 192, 3), np.uint8)
+    square[48:144] = 128
+    wanted = shifted(gray, square).transfer([(20, 60)])[0] - (0, 48)
+    assert np.abs(wanted - (46.5, 68.5)).max() > 1
+    found = evaluate("spair", root, shifted, protocols=["geoaware"], alphas=[0.1, 0.2]).select("geoaware")
+    miss = np.hypot(*(wanted - (46.5, 68.5))) / 100
+    assert [row.per_point for row in found] == [100 * (miss < 0.1), 100 * (miss < 0.2)]
+    report = evaluate("spair", root, shifted, protocols=["geoaware"], alphas=[miss * 0.9999, miss * 1.0001])
+    assert [row.per_point for row in report.select("geoaware")] == [0, 100]
 
 
 def test_points_beyond_the_border_are_moved_onto_it(tmp_path: Path, shifted: lpmflow.Matcher) -> None:
     """(-4, 50) counts as (-0.5, 50) and (40, 99) as (40, 95.5)."""
     root = keypoints(tmp_path, [([(-4, 50), (40, 99)], [(2.5 + 4.9, 48), (43, 93.5 - 5.1)])])
-    scores = benchmark.report_keypoints(load_spair(root, "val"), shifted, batch_size=1, say=str, title="")
-    assert (scores[0.05].per_point, scores[0.1].per_point) == (50, 100)
+    rows = evaluate("spair", root, shifted, alphas=[0.05, 0.1]).select("spair")
+    assert [row.per_point for row in rows] == [50, 100]
+
+
+def test_photographs_of_another_size_than_the_annotation_says(tmp_path: Path, shifted: lpmflow.Matcher) -> None:
+    root = keypoints(tmp_path, THREE, src_imsize=[96, 96, 3], trg_imsize=[96, 98, 3])
+    with pytest.raises(ValueError, match=r"b0\.png must be 96 x 98, the size it was marked at, got 96 x 96"):
+        evaluate("spair", root, shifted)
+
+
+def test_difficulties_and_symmetric_groups(tmp_path: Path, shifted: lpmflow.Matcher) -> None:
+    fields = {"viewpoint_variation": 1, "scale_variation": 2, "truncation": 0, "occlusion": 3, "mirror": 0}
+    root = keypoints(tmp_path, THREE[:1], kps_ids=["4", "7", "9", "2"], **fields)
+    report = evaluate("spair", root, shifted, alphas=[0.1], groups={"cup": [[4, 9], [7, 1]]})
+    assert [(row.group, row.name) for row in report.rows if row.group not in ("all", "category")] == [
+        ("geometry-aware", ""), ("viewpoint", "1"), ("scale", "2"), ("truncation", "0"), ("occlusion", "3"),
+    ]  # fmt: skip
+    aware = report.select("spair", group="geometry-aware")[0]
+    assert (aware.per_point, aware.points) == (100, 2)  # points 4 and 9 miss by 0 and 9.9
+
+
+def test_outlines_are_scored_as_masks(tmp_path: Path, shifted: lpmflow.Matcher) -> None:
+    """The first square lands on the target's; the second overlaps it by half: 200 of 600 pixels, and 400 are wrong."""
+    report = evaluate("caltech-101", outlines(tmp_path), shifted)
+    (accuracy,), (iou,) = report.select("masks", "LT-ACC"), report.select("masks", "IoU")
+    assert accuracy.per_image == pytest.approx(100 * (1 + 1 - 400 / 96**2) / 2)
+    assert iou.per_image == pytest.approx(100 * (1 + 1 / 3) / 2)
+    assert report.select("masks", "IoU", "category")[0].name == "cup" and report.split == "test"
+    assert any(line.split() == ["IoU", "66.7"] for line in report.lines())
+    assert "| cup | 2 | 97.8 | 66.7 |" in report.to_markdown()
+    with pytest.raises(ValueError, match="protocol must not be given for caltech-101"):
+        evaluate("caltech-101", tmp_path, shifted, protocols=["spair"])
+
+
+def test_an_outline_moved_out_of_the_photograph_is_no_mask(tmp_path: Path, make_fake_model: Any) -> None:
+    away = lpmflow.Matcher(make_fake_model((200.0, 0.0)), "cpu")
+    report = evaluate("caltech-101", outlines(tmp_path), away)
+    assert report.select("masks", "IoU")[0].per_image == 0
+    assert report.select("masks", "LT-ACC")[0].per_image == pytest.approx(100 * (1 - 400 / 96**2))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "train"}, "split must be one of trn, val, test, got 'train'"),
+        ({"protocols": ["pck"]}, "protocol must be one of spair, lpmflow, .*, got 'pck'"),
+        ({"alphas": [0.1, 0]}, "alpha must be a number above 0, got 0"),
+        ({"alphas": [float("nan")]}, "alpha must be a number above 0, got nan"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"workers": -1}, "workers must be at least 0, got -1"),
+        ({"worst": 3}, "worst needs a folder to draw into, and pairs with keypoints"),
+        ({"worst": -1}, "worst must be at least 0, got -1"),
+        ({"predictions": "absent/file"}, "predictions must be a file in an existing folder, got 'absent/file'"),
+        ({"groups": {"dog": [[1, 2]]}}, "groups must name a category of these pairs, cup, got dog"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_anything_is_matched(
+    tmp_path: Path, shifted: lpmflow.Matcher, options: dict[str, Any], message: str
+) -> None:
+    root = keypoints(tmp_path, THREE)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        evaluate("spair", root, shifted, **options)
+    assert shifted.model.calls == []
+
+
+def test_a_pair_without_what_the_protocol_measures_against(tmp_path: Path, shifted: lpmflow.Matcher) -> None:
+    root = keypoints(tmp_path, [([(1, 1)], [(2, 2)])])
+    with pytest.raises(ValueError, match="protocol 'pf-willow' needs marked points that lie apart, which '000000-a-b"):
+        evaluate("spair", root, shifted, protocols=["pf-willow"])
+    assert shifted.model.calls == []
+
+
+@pytest.mark.parametrize("name", ["pascal", "", "SPair"])
+def test_an_unknown_benchmark(tmp_path: Path, shifted: lpmflow.Matcher, name: str) -> None:
+    with pytest.raises(ValueError, match=f"benchmark must be one of spair, pf-pascal, .*, got {name!r}"):
+        evaluate(name, tmp_path, shifted)
+
+
+# Homographies
 
 
 def sequence(folder: Path, **homographies: str) -> Path:
@@ -113,19 +181,19 @@ STRETCHED = "2 0 0 0 1 -2 0 0 1"
 # STRETCHED sends x to 2 x; 48 columns are seen, and the shift by 3 misses by |x - 3|: at most 0.96 in one of them, at
 # most 4.8 in eight, and half of them by 20 or less, half by 21 or more.
 SHARES = """\
-                   within 1 %    within 5 %   median error
-v_wall 1-2             100.0 %       100.0 %   0.0 px
-v_wall 1-3               0.0 %       100.0 %   2.0 px
-v_wall 1-4               2.1 %        16.7 %   20.5 px
+                   within 1 %    within 5 %   median error   mean error
+v_wall 1-2             100.0 %       100.0 %         0.0 px       0.0 px
+v_wall 1-3               0.0 %       100.0 %         2.0 px       2.0 px
+v_wall 1-4               2.1 %        16.7 %        20.5 px      20.8 px
 """
 
 
 def test_shares_of_known_misses(tmp_path: Path, shifted: lpmflow.Matcher) -> None:
     lines: list[str] = []
     folder = sequence(tmp_path / "v_wall", H_1_2=MET, H_1_3=TWO_OFF, H_1_4=STRETCHED)
-    benchmark.run("hpatches", folder, shifted, batch_size=2, say=lines.append)
+    benchmark.report_homographies(load_homographies(folder), shifted, batch_size=2, say=lines.append)
     assert [line.split() for line in lines] == [line.split() for line in SHARES.splitlines()]
-    assert len({line.index("%") for line in lines[1:]}) == 1  # in columns
+    assert len({line.index("%") for line in lines[1:]}) == len({len(line) for line in lines[1:]}) == 1  # in columns
 
 
 def test_only_pixels_seen_in_the_target_count(tmp_path: Path, shifted: lpmflow.Matcher) -> None:
@@ -141,30 +209,7 @@ def test_only_pixels_seen_in_the_target_count(tmp_path: Path, shifted: lpmflow.M
 def test_a_homography_that_shows_nothing(tmp_path: Path, shifted: lpmflow.Matcher) -> None:
     folder = sequence(tmp_path / "v_wall", H_1_2="1 0 500 0 1 0 0 0 1")
     with pytest.raises(ValueError, match=r"v_wall 1-2: no pixel of .*1\.png lies in .*2\.png by its homography"):
-        benchmark.run("hpatches", folder, shifted, say=str)
-
-
-@pytest.mark.parametrize("name", ["pascal", "", "SPair"])
-def test_an_unknown_benchmark(tmp_path: Path, shifted: lpmflow.Matcher, name: str) -> None:
-    with pytest.raises(ValueError) as refused:
-        benchmark.run(name, tmp_path, shifted)
-    assert str(refused.value) == f"benchmark must be one of {', '.join(benchmark.BENCHMARKS)}, got {name!r}"
-
-
-def test_an_unknown_split(tmp_path: Path, shifted: lpmflow.Matcher) -> None:
-    with pytest.raises(ValueError, match="split must be one of trn, val, test, got 'train'"):
-        benchmark.run("spair", tmp_path, shifted, split="train")
-
-
-@pytest.mark.parametrize("kind", ["spair", "hpatches"])
-@pytest.mark.parametrize("batch_size", [0, -1])
-def test_a_batch_of_nothing(tmp_path: Path, shifted: lpmflow.Matcher, kind: str, batch_size: int) -> None:
-    said: list[str] = []
-    keypoints(tmp_path, THREE)
-    sequence(tmp_path, H_1_2=MET)
-    with pytest.raises(ValueError, match=f"batch_size must be at least 1, got {batch_size}"):
-        benchmark.run(kind, tmp_path, shifted, batch_size=batch_size, say=said.append)
-    assert said == []
+        benchmark.report_homographies(load_homographies(folder), shifted, batch_size=8, say=str)
 
 
 # The command
@@ -183,14 +228,38 @@ def asked(monkeypatch: pytest.MonkeyPatch, shifted: lpmflow.Matcher) -> list[dic
     return recorded
 
 
-def test_the_command_prints_the_report(
+def test_the_command_prints_and_writes_the_report(
     tmp_path: Path, asked: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = str(keypoints(tmp_path, THREE))
+    root = keypoints(tmp_path / "made-up", THREE)
     options = ["--model", "mine.safetensors", "--device", "cpu", "--dtype", "bfloat16", "--batch-size", "2"]
-    assert cli.main(["evaluate", "--benchmark", "spair", "--root", root, *options]) == 0
-    assert capsys.readouterr() == (REPORT.format(title=f"{root}, val"), "")
+    files = {name: tmp_path / f"out.{name}" for name in ("json", "csv", "markdown")}
+    for name, file in files.items():
+        options += [f"--{name}", str(file)]
+    options += ["--worst", "2", str(tmp_path / "worst"), "--predictions", str(tmp_path / "kept")]
+    assert cli.main(["evaluate", "--benchmark", "spair", "--root", str(root), *options]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("spair val of made-up: 3 pairs, 7 points, 1 categories\nmodel fake, ")
+    assert "0.1                75.0" in said.out and "matched 3 of 3 pairs, squash/forward, in " in said.err
     assert asked == [{"model": "mine.safetensors", "device": "cpu", "dtype": "bfloat16", "image_size": None}]
+    assert json.loads(files["json"].read_text())["protocols"]["spair"]["name"] == "spair"
+    assert len(files["csv"].read_text().splitlines()) == 1 + 4 * 3 and "## spair" in files["markdown"].read_text()
+    drawn = [path.name for path in sorted((tmp_path / "worst").iterdir())]
+    assert drawn == ["001-000002-a-b_cup.png", "002-000000-a-b_cup.png"]
+    assert (tmp_path / "kept").is_file()
+
+
+def test_the_command_reads_symmetric_groups(
+    tmp_path: Path, asked: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = keypoints(tmp_path / "made-up", THREE[:1], kps_ids=["4", "7", "9", "2"])
+    groups = tmp_path / "groups.json"
+    argv = ["evaluate", "--benchmark", "spair", "--root", str(root), "--groups", str(groups)]
+    assert cli.main(argv) == 1 and "--groups must be a JSON file, but there is no file" in capsys.readouterr().err
+    groups.write_text('{"cup": 3}')
+    assert cli.main(argv) == 1 and "must hold lists of groups by category" in capsys.readouterr().err
+    groups.write_text('{"cup": [[4, 9]]}')
+    assert cli.main(argv) == 0 and "geometry-aware, per image" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -200,6 +269,10 @@ def test_the_command_prints_the_report(
         (["--benchmark", "hpatches", "--root", "absent"], "folder must hold files H_1_2"),
         (["--benchmark", "spair", "--root", ".", "--batch-size", "0"], "batch_size must be at least 1, got 0"),
         (["--benchmark", "hpatches", "--root", ".", "--batch-size", "-3"], "batch_size must be at least 1, got -3"),
+        (["--benchmark", "hpatches", "--root", ".", "--alpha", "0.1"], "--alpha must not be given for hpatches"),
+        (["--benchmark", "spair", "--root", ".", "--worst", "x", "w"], "--worst must begin with a number of pairs"),
+        (["--benchmark", "spair", "--root", ".", "--json", "no/x.json"], "path must name a file in an existing folder"),
+        (["--benchmark", "spair", "--root", ".", "--csv", "."], "path must name a file, got the folder '.'"),
     ],
 )
 def test_an_error_is_one_line(
@@ -221,6 +294,8 @@ def test_an_error_is_one_line(
     [
         ([], "the following arguments are required: --benchmark, --root"),
         (["--benchmark", "spair", "--root", ".", "--batch-size", "many"], "invalid int value: 'many'"),
+        (["--benchmark", "spair", "--root", ".", "--protocol", "mine"], "invalid choice: 'mine'"),
+        (["--benchmark", "spair", "--root", ".", "--alpha", "x"], "invalid float value: 'x'"),
     ],
 )
 def test_wrong_usage_exits_with_2(
@@ -239,10 +314,5 @@ def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in shown for name in benchmark.BENCHMARKS)
 
 
-def test_photographs_of_another_size_than_the_annotation_says(tmp_path: Path, shifted: lpmflow.Matcher) -> None:
-    root = keypoints(tmp_path, THREE)
-    file = root / "PairAnnotation" / "val" / "000001-a-b_cup.json"
-    fields = json.loads(file.read_text())
-    file.write_text(json.dumps({**fields, "src_imsize": [96, 96, 3], "trg_imsize": [96, 48, 3]}))
-    with pytest.raises(ValueError, match=r"b1\.png must be 96 x 48, the size it was marked at, got 96 x 96"):
-        benchmark.report_keypoints(load_spair(root, "val"), shifted, batch_size=2, say=str, title="")
+def test_the_command_line_knows_every_data_set_and_protocol() -> None:
+    assert benchmark.BENCHMARKS == cli.BENCHMARKS and tuple(PROTOCOLS) == cli.PROTOCOLS

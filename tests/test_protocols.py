@@ -204,7 +204,7 @@ def test_the_rule_says_what_counts() -> None:
         "the model sees each photograph in the middle of a black square"
     )
     assert protocol("cats").rule == (
-        "target to source, distance <= alpha x the longer side of the source object's box, in both images squashed to "
+        "target to source, distance <= alpha x the longer side of the source object's box, both images squashed to "
         "256 x 256, keypoints truncated to whole pixels first"
     )
     said = protocol("cats").as_dict()

@@ -17,6 +17,7 @@ from lpmflow.visualize import (
     flow_to_color,
     match_figure,
     overlay,
+    prediction_figure,
 )
 
 
@@ -148,3 +149,23 @@ match.plot().canvas.draw()
 assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).resolve().parent.parent)
+
+
+def test_predictions_are_drawn_with_what_is_right() -> None:
+    """A blue line for what is right, a red one for what is wrong, none for a point without an answer."""
+    image, other = np.zeros((60, 80, 3), np.uint8), np.zeros((70, 50, 3), np.uint8)
+    points, moved = [(5, 5), (70, 50), (30, 30)], [(6, 6), (400, -90), (np.nan, 0)]
+    figure = prediction_figure(
+        image, other, points, moved, [(6, 6), (40, 40), (9, 9)], [True, False, False], title="it"
+    )
+    lines = [artist for artist in figure.artists if type(artist).__name__ == "ConnectionPatch"]
+    assert [line.get_edgecolor()[2] > 0.5 for line in lines] == [True, False]
+    left, right = figure.axes
+    assert left.get_xlim() == (-0.5, 79.5) and right.get_ylim() == (69.5, -0.5)  # whatever lies outside
+    assert figure.texts[0].get_text() == "it" and left.get_title(loc="left") == "source"
+
+
+def test_predictions_that_do_not_fit() -> None:
+    image = np.zeros((4, 4, 3), np.uint8)
+    with pytest.raises(ValueError, match=r"points, moved and marked must have shape \(N, 2\) and right \(N,\), got "):
+        prediction_figure(image, image, [(1, 1)], [(1, 1)], [(1, 1)], [True, False])

@@ -79,10 +79,10 @@ class Protocol:
     def rule(self) -> str:
         """The protocol in one line, for reports."""
         compared = "<" if self.strict else "<="
-        frame = "original pixels" if self.frame is None else f"both images squashed to {self.frame} x {self.frame}"
+        frame = "in original pixels" if self.frame is None else f"both images squashed to {self.frame} x {self.frame}"
         rounded = ", keypoints truncated to whole pixels first" if self.truncate else ""
         shown = "" if self.geometry == "squash" else f"; {GEOMETRIES[self.geometry]}"
-        return f"{self.direction}, distance {compared} alpha x {EXTENTS[self.extent]}, in {frame}{rounded}{shown}"
+        return f"{self.direction}, distance {compared} alpha x {EXTENTS[self.extent]}, {frame}{rounded}{shown}"
 
     def as_dict(self) -> dict[str, Any]:
         """The fields and the rule as plain values, for files."""

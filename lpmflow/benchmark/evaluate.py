@@ -1,0 +1,145 @@
+"""`lpmflow evaluate` on pairs with marked points or outlines: match what is not matched yet, score, report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lpmflow.benchmark.pictures import draw_worst
+from lpmflow.benchmark.predict import PairMatcher, predict
+from lpmflow.benchmark.predictions import Predictions, about, way
+from lpmflow.benchmark.report import Report, Row, folder_name, keypoint_rows, mask_rows
+from lpmflow.benchmark.world import World
+from lpmflow.data.masks import read_mask
+from lpmflow.data.pairs import KeypointPair, layout, load_pairs
+from lpmflow.evaluation import (
+    DEFAULTS,
+    Protocol,
+    geometry_aware_points,
+    intersection_over_union,
+    label_transfer_accuracy,
+    protocol,
+    score,
+)
+from lpmflow.evaluation.published import is_spair_test
+
+MASKS = "masks"
+OUTLINES = "outlines transferred from source to target and filled; all pixels of the target count for LT-ACC"
+_FORWARD = "squash/forward"
+
+
+def evaluate(
+    benchmark: str,
+    root: str | os.PathLike[str],
+    matcher: PairMatcher,
+    *,
+    split: str | None = None,
+    protocols: Sequence[str] = (),
+    alphas: Sequence[float] = (),
+    batch_size: int = 8,
+    workers: int = 0,
+    predictions: str | os.PathLike[str] | None = None,
+    groups: Mapping[str, Sequence[Sequence[Any]]] | None = None,
+    worst: int = 0,
+    worst_folder: str | os.PathLike[str] | None = None,
+    world: World | None = None,
+) -> Report:
+    """Match the pairs of a data set and score them.
+
+    Args:
+        benchmark, root, split: as for `lpmflow.data.load_pairs`; split None: "val" where the data set has one, so that
+            nothing is chosen on test pairs by accident, else its only one.
+        matcher: an `lpmflow.Matcher`, or what answers like one.
+        protocols: names, see `lpmflow.evaluation.PROTOCOLS`; none: the one most papers use on this data set. Pairs of
+            Caltech-101 have outlines and no points; they are scored by LT-ACC and IoU, and no protocol applies.
+        alphas: none: each protocol's own.
+        batch_size, workers, predictions, world: see `predict`.
+        groups: category -> symmetric groups of points, for the geometry-aware subset.
+        worst, worst_folder: draw so many of the worst pairs there, under the first protocol.
+
+    Raises ValueError for a name or a number that makes no sense, and what reading the data, `predict` and `score`
+    raise; whatever can be refused is refused before anything is matched.
+    """
+    chosen = layout(benchmark)
+    part = split if split is not None else ("val" if "val" in chosen.splits else chosen.splits[0])
+    here = world or World()
+    rules = _rules(benchmark, protocols)
+    for alpha in alphas:
+        if not 0 < alpha < float("inf"):
+            raise ValueError(f"alpha must be a number above 0, got {alpha}")
+    if worst < 0:
+        raise ValueError(f"worst must be at least 0, got {worst}")
+    if worst and (worst_folder is None or not rules):
+        raise ValueError("worst needs a folder to draw into, and pairs with keypoints")
+    pairs = load_pairs(benchmark, root, part)
+    for rule in rules:
+        _check(rule, pairs)
+    aware = geometry_aware_points(pairs, groups) if groups is not None else None
+    ways = list(dict.fromkeys(way(rule) for rule in rules)) or [_FORWARD]
+    known = predict(
+        pairs, matcher, ways, root=root, batch_size=batch_size, workers=workers, file=predictions,
+        about=about(benchmark, part, matcher.name), world=here,
+    )  # fmt: skip
+    sizes = [known.size(number) for number in range(len(pairs))]
+    rows: list[Row] = []
+    used: dict[str, tuple[float, ...]] = {}
+    for number, rule in enumerate(rules):
+        landed = known.landed(rule)
+        scores = score(rule, pairs, landed, sizes)
+        used[rule.name] = tuple(sorted(set(alphas or rule.alphas)))
+        rows += keypoint_rows(scores, used[rule.name], aware)
+        if worst and worst_folder is not None and number == 0 and here.first:
+            draw_worst(scores, pairs, landed, worst, worst_folder)
+    if not rules:
+        rows += mask_rows([pair.category for pair in pairs], masks(pairs, known))
+    categories = [pair.category for pair in pairs]
+    return Report(
+        benchmark=benchmark,
+        root=folder_name(root),
+        split=part,
+        pairs=len(pairs),
+        points=sum(len(pair.source_points) for pair in pairs),
+        categories=len(set(categories)),
+        model=matcher.name,
+        model_hash=known.key.model,
+        dataset_hash=known.key.pairs,
+        official=benchmark == "spair" and part == "test" and is_spair_test(categories),
+        protocols={rule.name: rule.as_dict() for rule in rules} or {MASKS: {"name": MASKS, "rule": OUTLINES}},
+        alphas=used,
+        rows=rows,
+    )
+
+
+def masks(pairs: Sequence[KeypointPair], known: Predictions) -> dict[str, NDArray[np.float64]]:
+    """LT-ACC and IoU of each pair, percent: the source's outline, transferred and filled, against the target's mask."""
+    exact = protocol("spair")  # asks for every vertex as it is
+    found: dict[str, list[float]] = {"LT-ACC": [], "IoU": []}
+    for number, (pair, outline) in enumerate(zip(pairs, known.landed(exact), strict=True)):
+        size = known.size(number)[1]
+        assert pair.target_mask is not None
+        true = read_mask(pair.target_mask, size)
+        try:
+            moved = read_mask(outline, size)
+        except ValueError:  # it was moved out of the photograph, or shrunk to nothing
+            moved = np.zeros(size, dtype=bool)
+        found["LT-ACC"].append(label_transfer_accuracy(moved, true))
+        found["IoU"].append(intersection_over_union(moved, true))
+    return {name: np.array(values) for name, values in found.items()}
+
+
+def _rules(benchmark: str, names: Sequence[str]) -> list[Protocol]:
+    if benchmark not in DEFAULTS:
+        if names:
+            raise ValueError(f"protocol must not be given for {benchmark}, whose pairs have outlines and no keypoints")
+        return []
+    return [protocol(name) for name in dict.fromkeys(names or (DEFAULTS[benchmark],))]
+
+
+def _check(rule: Protocol, pairs: Sequence[KeypointPair]) -> None:
+    """ValueError when a pair lacks what the protocol measures against, so far as that shows before matching."""
+    for pair in pairs:
+        rule.reference(pair, pair.source_size or (1, 1), pair.target_size or (1, 1))

@@ -1,0 +1,47 @@
+"""Pictures of the pairs a model does worst on."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lpmflow.benchmark.predictions import Points
+from lpmflow.data.pairs import KeypointPair
+from lpmflow.evaluation import Scores
+from lpmflow.evaluation.protocols import FORWARD
+from lpmflow.flowfile import replacing
+from lpmflow.images import load_image, to_uint8
+from lpmflow.visualize import prediction_figure
+
+
+def draw_worst(
+    scores: Scores, pairs: Sequence[KeypointPair], landed: Sequence[Points], count: int, folder: str | os.PathLike[str]
+) -> list[Path]:
+    """Draw the `count` pairs with the largest mean error, worst first, as 001-NAME.png, ... in `folder`.
+
+    A pair is drawn as the protocol matches it: lines lead from the points that were asked for to where the model put
+    them, and marks show where they should be. Points count as right at the largest alpha of the protocol. Raises
+    OSError when the folder cannot be made or a photograph not be read.
+    """
+    root = Path(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    rule, drawn = scores.protocol, []
+    alpha = max(rule.alphas)
+    right = scores.correct(alpha)
+    for rank, number in enumerate(scores.worst(count), 1):
+        pair = pairs[number]
+        sides = ("source", "target") if rule.direction == FORWARD else ("target", "source")
+        images = [to_uint8(load_image(getattr(pair, side), side)) for side in sides]
+        own = np.flatnonzero(scores.owners == number)
+        title = f"{pair.name}, {right[own].sum()} of {len(own)} right at {alpha:g} ({rule.name})"
+        places = rule.start(pair), landed[number], rule.truth(pair)
+        figure = prediction_figure(images[0], images[1], *places, right[own], title=title, sides=sides)
+        path = root / f"{rank:03d}-{re.sub(r'[^0-9A-Za-z._()-]+', '_', pair.name)}.png"
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            figure.savefig(file, format="png")
+        drawn.append(path)
+    return drawn

@@ -1,0 +1,215 @@
+"""What an evaluation found, as rows, and the files they are written to: JSON, CSV and Markdown.
+
+Every file says what was measured, by which protocol, with which model, by which versions and when, because a figure
+without these cannot be compared with another.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import lpmflow
+from lpmflow.evaluation import PCK, Scores
+from lpmflow.flowfile import PathLike, as_path, replacing
+
+LEVEL = 0.95
+"""Of the confidence intervals."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure."""
+
+    protocol: str
+    measure: str
+    """"PCK", "PCK-dagger", "LT-ACC" or "IoU"."""
+    alpha: float | None
+    group: str
+    """"all", "category", "geometry-aware", or what pairs are split by, such as "viewpoint"."""
+    name: str
+    """Which category, or which level; empty for "all"."""
+    per_image: float
+    """Percent, mean over pairs."""
+    per_point: float | None
+    """Percent, over all points; None for masks."""
+    pairs: int
+    points: int | None
+    per_image_low: float | None = None
+    """Bounds of the 95 % bootstrap interval over pairs; only for "all"."""
+    per_image_high: float | None = None
+    per_point_low: float | None = None
+    per_point_high: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """An evaluation's figures, and what they are figures of."""
+
+    benchmark: str
+    root: str
+    split: str
+    pairs: int
+    points: int
+    categories: int
+    model: str
+    model_hash: str
+    dataset_hash: str
+    official: bool
+    """Whether this is the official test split of SPair-71k, of which papers report."""
+    protocols: dict[str, dict[str, Any]]
+    """Name -> fields and rule."""
+    alphas: dict[str, tuple[float, ...]]
+    """Protocol -> its alphas."""
+    rows: list[Row]
+    versions: dict[str, str] = field(default_factory=lambda: versions())
+    date: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+
+    def select(self, protocol: str, measure: str = "PCK", group: str = "all", alpha: float | None = None) -> list[Row]:
+        """The rows of one table, in their order; `alpha` None: of every alpha."""
+        return [
+            row
+            for row in self.rows
+            if (row.protocol, row.measure, row.group) == (protocol, measure, group) and alpha in (None, row.alpha)
+        ]
+
+    def table_alpha(self, protocol: str) -> float:
+        """The alpha tables by category are shown at: 0.1, as in papers, else the largest."""
+        alphas = self.alphas[protocol]
+        return 0.1 if 0.1 in alphas else max(alphas)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        return asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.as_dict(), indent=2) + "\n"
+
+    def to_csv(self) -> str:
+        """A line for each row; what is the same for all of them stands on every line."""
+        text = io.StringIO()
+        names = [one.name for one in fields(Row)]
+        shared = {
+            "benchmark": self.benchmark,
+            "split": self.split,
+            "model": self.model,
+            "model_hash": self.model_hash,
+            "dataset_hash": self.dataset_hash,
+            "lpmflow": self.versions["lpmflow"],
+            "date": self.date,
+        }
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow([*shared, *names])
+        for row in self.rows:
+            values = asdict(row)
+            writer.writerow([*shared.values(), *("" if values[name] is None else values[name] for name in names)])
+        return text.getvalue()
+
+    def to_markdown(self) -> str:
+        """A section with a table for each protocol."""
+        from lpmflow.benchmark.table import markdown
+
+        return markdown(self)
+
+    def lines(self) -> list[str]:
+        """The report as it is shown on a screen."""
+        from lpmflow.benchmark.table import screen
+
+        return screen(self)
+
+
+def write(
+    report: Report,
+    json: PathLike | None = None,
+    csv: PathLike | None = None,
+    markdown: PathLike | None = None,
+) -> None:
+    """Write the report to the files that are named, each whole or not at all; OSError when one cannot be written."""
+    for path, text in ((json, report.to_json), (csv, report.to_csv), (markdown, report.to_markdown)):
+        if path is not None:
+            with replacing(path) as temporary:
+                temporary.write_text(text(), encoding="utf-8")
+
+
+def check_writable(*paths: PathLike | None) -> None:
+    """FileNotFoundError or IsADirectoryError for a path that no file can be written to, before any work is done."""
+    for path in paths:
+        if path is None:
+            continue
+        final = as_path(path)
+        if not final.absolute().parent.is_dir():
+            raise FileNotFoundError(f"path must name a file in an existing folder, got {str(final)!r}")
+        if final.is_dir():
+            raise IsADirectoryError(f"path must name a file, got the folder {str(final)!r}")
+
+
+def keypoint_rows(scores: Scores, alphas: Sequence[float], aware: NDArray[np.bool_] | None = None) -> list[Row]:
+    """Every figure of one protocol; `aware` (K,) is the geometry-aware subset, where it is known."""
+
+    def row(measure: str, alpha: float, group: str, name: str, found: PCK, **bounds: float) -> Row:
+        return Row(
+            scores.protocol.name,
+            measure,
+            alpha,
+            group,
+            name,
+            found.per_image,
+            found.per_point,
+            found.pairs,
+            found.points,
+            **bounds,
+        )
+
+    rows = []
+    for alpha in alphas:
+        interval = scores.interval(alpha, level=LEVEL)
+        bounds = {
+            f"{average}_{end}": getattr(interval, average)[index]
+            for average in ("per_image", "per_point")
+            for index, end in enumerate(("low", "high"))
+        }
+        rows.append(row("PCK", alpha, "all", "", scores.pck(alpha), **bounds))
+        rows.append(row("PCK-dagger", alpha, "all", "", scores.pck(alpha, dagger=True)))
+        if aware is not None:
+            rows.append(row("PCK", alpha, "geometry-aware", "", scores.pck(alpha, points=aware)))
+        rows += [row("PCK", alpha, "category", name, found) for name, found in scores.by_category(alpha).items()]
+        for kind, levels in scores.by_difficulty(alpha).items():
+            rows += [row("PCK", alpha, kind, str(level), found) for level, found in levels.items()]
+    return rows
+
+
+def mask_rows(categories: Sequence[str], values: dict[str, NDArray[np.float64]]) -> list[Row]:
+    """Rows of measures of masks: measure -> (P,) percent of each pair."""
+    rows, codes = [], np.array(categories)
+    for measure, found in values.items():
+        rows.append(Row("masks", measure, None, "all", "", float(found.mean()), None, len(found), None))
+        for name in sorted(set(categories)):
+            own = found[codes == name]
+            rows.append(Row("masks", measure, None, "category", name, float(own.mean()), None, len(own), None))
+    return rows
+
+
+def versions() -> dict[str, str]:
+    """What measured."""
+    packages = ("torch", "timm", "numpy", "pillow")
+    return {
+        "lpmflow": lpmflow.__version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }
+
+
+def folder_name(path: PathLike) -> str:
+    """The last part of a path, to be shown: whole paths say more about a machine than about a figure."""
+    return Path(as_path(path)).resolve().name

@@ -1,0 +1,159 @@
+"""A report as text: tables for a screen, and Markdown."""
+
+from __future__ import annotations
+
+import textwrap
+
+from lpmflow.benchmark.report import Report
+from lpmflow.evaluation.published import ALPHA, SPAIR_CATEGORIES, SPAIR_TABLE
+
+_WIDE = 20
+"""Categories that still stand side by side."""
+
+
+def screen(report: Report) -> list[str]:
+    """Lines of text, at most some 130 columns wide where categories are those of SPair-71k."""
+    said = [
+        f"{report.benchmark} {report.split} of {report.root}: {report.pairs:,} pairs, {report.points:,} points, "
+        f"{report.categories} categories",
+        f"model {report.model}, {report.model_hash}",
+    ]
+    for name, fields in report.protocols.items():
+        said.append("")
+        said += textwrap.wrap(f"{name}: {fields['rule']}", 118, subsequent_indent="  ", break_on_hyphens=False)
+        said += _masks(report) if name == "masks" else _keypoints(report, name)
+    return said + _papers(report)
+
+
+def markdown(report: Report) -> str:
+    """A section for each protocol, with the same tables."""
+    said = [f"# {report.benchmark} {report.split}: {report.model}", ""]
+    said += [
+        f"- data: {report.root}, {report.pairs:,} pairs, {report.points:,} points, hash `{report.dataset_hash}`",
+        f"- model: {report.model}, hash `{report.model_hash}`",
+        f"- measured {report.date} with " + ", ".join(f"{name} {one}" for name, one in report.versions.items()),
+    ]
+    for name, fields in report.protocols.items():
+        said += ["", f"## {name}", "", f"{fields['rule'][0].upper()}{fields['rule'][1:]}."]
+        for header, rows in _tables(report, name):
+            said += ["", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+            said += ["| " + " | ".join(row) + " |" for row in rows]
+    if report.benchmark == "spair" and not report.official:
+        said += ["", "Not the official test split of SPair-71k, so nothing here compares with papers on it."]
+    return "\n".join(said) + "\n"
+
+
+def _keypoints(report: Report, protocol: str) -> list[str]:
+    said: list[str] = []
+    for number, (header, rows) in enumerate(_tables(report, protocol)):
+        if number == 1 and _are_spair(report, protocol):
+            said += ["", *_spair(report, protocol)]
+        else:
+            said += ["", *_aligned(header, rows)]
+    return said
+
+
+def _masks(report: Report) -> list[str]:
+    return [line for header, rows in _tables(report, "masks") for line in ("", *_aligned(header, rows))]
+
+
+def _tables(report: Report, protocol: str) -> list[tuple[list[str], list[list[str]]]]:
+    """The summary, the categories, the difficulties: (header, rows) each."""
+    if protocol == "masks":
+        both = {measure: report.select("masks", measure) for measure in ("LT-ACC", "IoU")}
+        summary = [[measure, _percent(row.per_image)] for measure, rows in both.items() for row in rows]
+        ours = [report.select("masks", measure, "category") for measure in both]
+        by_category = [
+            [one.name, f"{one.pairs:,}", _percent(one.per_image), _percent(other.per_image)]
+            for one, other in zip(*ours, strict=True)
+        ]
+        return [(["measure", "mean over pairs"], summary), (["category", "pairs", *both], by_category)]
+    tables = [_summary(report, protocol)]
+    alpha = report.table_alpha(protocol)
+    by_category = [
+        [row.name, f"{row.pairs:,}", _percent(row.per_image), _percent(row.per_point)]
+        for row in report.select(protocol, group="category", alpha=alpha)
+    ]
+    tables.append(([f"category, PCK@{alpha:g}", "pairs", "per image", "per point"], by_category))
+    levels = [
+        row for kind in ("viewpoint", "scale", "truncation", "occlusion") for row in report.select(protocol, group=kind)
+    ]
+    if levels:
+        rows = [
+            [f"{row.group} {row.name}", f"{row.pairs:,}", _percent(row.per_image), _percent(row.per_point)]
+            for row in levels
+            if row.alpha == alpha
+        ]
+        tables.append(([f"difficulty, PCK@{alpha:g}", "pairs", "per image", "per point"], rows))
+    return tables
+
+
+def _summary(report: Report, protocol: str) -> tuple[list[str], list[list[str]]]:
+    header = ["PCK at alpha", "per image", "95 % interval", "per point", "95 % interval", "dagger, per image"]
+    aware = {row.alpha: row for row in report.select(protocol, group="geometry-aware")}
+    dagger = {row.alpha: row for row in report.select(protocol, "PCK-dagger")}
+    if aware:
+        header += ["geometry-aware, per image", "per point"]
+    rows = []
+    for row in report.select(protocol):
+        cells = [f"{row.alpha:g}", _percent(row.per_image), _between(row.per_image_low, row.per_image_high)]
+        cells += [_percent(row.per_point), _between(row.per_point_low, row.per_point_high)]
+        cells.append(_percent(dagger[row.alpha].per_image))
+        if aware:
+            cells += [_percent(aware[row.alpha].per_image), _percent(aware[row.alpha].per_point)]
+        rows.append(cells)
+    return header, rows
+
+
+def _are_spair(report: Report, protocol: str) -> bool:
+    names = {row.name for row in report.select(protocol, group="category")}
+    return report.benchmark == "spair" and names <= set(SPAIR_CATEGORIES) and len(names) <= _WIDE
+
+
+def _spair(report: Report, protocol: str) -> list[str]:
+    """Categories side by side in the papers' order, and the papers' rows below: as a table only where they compare."""
+    alpha = report.table_alpha(protocol)
+    found = {row.name: row for row in report.select(protocol, group="category", alpha=alpha)}
+    names = [name for name in SPAIR_CATEGORIES if name in found]
+    (everything,) = report.select(protocol, alpha=alpha)
+    rows = [(f"PCK@{alpha:g}", [*(SPAIR_CATEGORIES[name] for name in names), "all"])]
+    for average, label in (("per_image", "per image"), ("per_point", "per point")):
+        figures = [getattr(row, average) for row in (*(found[name] for name in names), everything)]
+        rows.append((f"{report.model}, {label}", [_percent(figure) for figure in figures]))
+    if alpha == ALPHA and report.official:
+        for row in SPAIR_TABLE:
+            figures = [*(row.by_category.get(name) for name in names), row.all]
+            rows.append((f"{row.method} (paper)", [_percent(figure) for figure in figures]))
+    wide = max(len(label) for label, _ in rows)
+    cell = 1 + max(len(text) for _, cells in rows for text in cells)
+    return [
+        f"{label:<{wide}}" + "".join(f"{text:>{cell}}" for text in cells[:-1]) + f" |{cells[-1]:>{cell}}"
+        for label, cells in rows
+    ]
+
+
+def _papers(report: Report) -> list[str]:
+    """What papers give for the official split, said where the pairs are others, so that nobody takes one for it."""
+    if report.benchmark != "spair" or report.official or not any(ALPHA in one for one in report.alphas.values()):
+        return []
+    rows = ", ".join(f"{row.method} {row.all:.1f}" for row in SPAIR_TABLE)
+    note = f"Papers, for the official test split of 12,234 pairs, which this is not, PCK@{ALPHA:g} per image: {rows}."
+    return ["", *textwrap.wrap(note, 118, break_on_hyphens=False)]
+
+
+def _aligned(header: list[str], rows: list[list[str]]) -> list[str]:
+    """The first column to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    return [
+        f"{row[0]:<{widths[0]}}"
+        + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
+        for row in (header, *rows)
+    ]
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _between(low: float | None, high: float | None) -> str:
+    return "-" if low is None or high is None else f"{low:.1f} to {high:.1f}"

@@ -1,0 +1,153 @@
+"""A report on a screen and in files: what stands where, and that nobody takes a subset for the official split."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lpmflow.benchmark import Report, check_writable, write
+from lpmflow.benchmark.report import keypoint_rows
+from lpmflow.data import KeypointPair
+from lpmflow.evaluation import protocol, score
+from lpmflow.evaluation.published import SPAIR_CATEGORIES, SPAIR_TABLE, SPAIR_TEST_PAIRS, is_spair_test
+
+SIZE = (200, 200)
+
+
+def make(categories: list[str], benchmark: str = "spair", official: bool = False, rule: str = "spair") -> Report:
+    """Pairs of two points: a category's first pair meets both, its others meet one and miss one by half the box."""
+    pairs, landed, seen = [], [], set()
+    points, box = np.array([[10.0, 10.0], [110.0, 60.0]]), np.array([0.0, 0.0, 100.0, 50.0])
+    for number, category in enumerate(categories):
+        levels = {"viewpoint": number % 2}
+        pairs.append(
+            KeypointPair(f"{number}", category, Path("a"), Path("b"), points, points, box, box, difficulty=levels)
+        )
+        landed.append(points + [[0, 0], [0 if category not in seen else 50, 0]])
+        seen.add(category)
+    scores = score(protocol(rule), pairs, landed, [(SIZE, SIZE)] * len(pairs))
+    return Report(
+        benchmark=benchmark,
+        root="folder",
+        split="test",
+        pairs=len(pairs),
+        points=2 * len(pairs),
+        categories=len(seen),
+        model="mine",
+        model_hash="0123456789abcdef",
+        dataset_hash="fedcba9876543210",
+        official=official,
+        protocols={rule: protocol(rule).as_dict()},
+        alphas={rule: (0.05, 0.1)},
+        rows=keypoint_rows(scores, (0.05, 0.1)),
+    )
+
+
+SMALL = make(["tvmonitor", "cat", "cat"])
+
+
+def test_the_summary() -> None:
+    lines = SMALL.lines()
+    assert lines[0] == "spair test of folder: 3 pairs, 6 points, 2 categories"
+    assert lines[1] == "model mine, 0123456789abcdef"
+    assert lines[3].startswith(
+        "spair: source to target, distance <= alpha x the longer side of the target object's box"
+    )
+    assert lines[5].split("  ")[0] == "PCK at alpha"
+    assert lines[7].split()[:2] == ["0.1", "83.3"]  # (100 + 100 + 50) / 3
+
+
+def test_categories_stand_in_the_papers_order() -> None:
+    header, image, point = (
+        line for line in SMALL.lines() if line.startswith(("PCK@0.1", "mine, per image", "mine, per point"))
+    )
+    assert header.split() == ["PCK@0.1", "cat", "tv", "|", "all"]
+    assert image.split() == ["mine,", "per", "image", "75.0", "100.0", "|", "83.3"]
+    assert point.split() == ["mine,", "per", "point", "75.0", "100.0", "|", "83.3"]
+    assert header.index("|") == image.index("|") == point.index("|")
+
+
+def test_a_subset_is_not_shown_beside_the_papers() -> None:
+    text = "\n".join(SMALL.lines())
+    assert "(paper)" not in text
+    note = " ".join(text[text.index("Papers,") :].split())
+    assert note.startswith("Papers, for the official test split of 12,234 pairs, which this is not, PCK@0.1 per image:")
+    assert note.endswith("NC-Net 20.1.") and "LPMFlow 65.6, ACTR 62.1" in note
+    assert "Not the official test split of SPair-71k" in SMALL.to_markdown()
+
+
+def test_the_official_split_is_shown_beside_the_papers() -> None:
+    report = make([name for name in SPAIR_CATEGORIES for _ in range(2)], official=True)
+    lines = report.lines()
+    header = next(line for line in lines if line.startswith("PCK@0.1 "))
+    names = "aero bike bird boat bott bus car cat chai cow dog hors mbik pers plan shee trai tv | all"
+    assert " ".join(header.split()[1:]) == names
+    paper = next(line for line in lines if line.startswith("LPMFlow (paper)"))
+    figures = "71.4 54.8 83.2 50.3 57.0 75.4 68.9 79.3 41.1 78.4 74.1 73.7 58.7 56.9 48.7 54.7 87.5 74.6 | 65.6"
+    assert " ".join(paper.split()[2:]) == figures
+    actr = next(line for line in lines if line.startswith("ACTR (paper)"))
+    assert actr.split()[2:] == ["-"] * 18 + ["|", "62.1"]
+    assert len([line for line in lines if "(paper)" in line]) == len(SPAIR_TABLE) == 11
+    assert "Papers," not in "\n".join(lines) and "Not the official" not in report.to_markdown()
+    assert max(map(len, lines)) <= 150
+
+
+def test_what_is_the_official_split() -> None:
+    official = [name for name, pairs in SPAIR_TEST_PAIRS.items() for _ in range(pairs)]
+    assert len(official) == 12234 and is_spair_test(official)
+    assert not is_spair_test(official[:-1]) and not is_spair_test([*official[:-1], "cat"])
+    assert not is_spair_test([*official, "cup"]) and not is_spair_test([])
+
+
+def test_categories_of_another_data_set_stand_below_each_other() -> None:
+    lines = make(["duck(S)", "car(G)", "car(G)"], "pf-willow", rule="pf-willow").lines()
+    at = next(index for index, line in enumerate(lines) if line.startswith("category, PCK@0.1"))
+    assert lines[at + 1].split() == ["car(G)", "2", "75.0", "75.0"]
+    assert lines[at + 2].split() == ["duck(S)", "1", "100.0", "100.0"] and "Papers" not in "\n".join(lines)
+
+
+def test_difficulties() -> None:
+    lines = SMALL.lines()
+    at = next(index for index, line in enumerate(lines) if line.startswith("difficulty, PCK@0.1"))
+    assert lines[at + 1].split() == ["viewpoint", "0", "2", "75.0", "75.0"]
+    assert lines[at + 2].split() == ["viewpoint", "1", "1", "100.0", "100.0"]
+
+
+def test_files_say_what_was_measured_and_by_what(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("a.json", "a.csv", "a.md")]
+    write(SMALL, *files)
+    read = json.loads(files[0].read_text())
+    assert read["model_hash"] == "0123456789abcdef" and read["protocols"]["spair"]["extent"] == "target box"
+    assert {"lpmflow", "python", "torch", "numpy"} <= set(read["versions"]) and read["date"].endswith("+00:00")
+    assert read["rows"] == [dataclasses.asdict(row) for row in SMALL.rows]
+    rows = list(csv.DictReader(files[1].read_text().splitlines()))
+    assert len(rows) == len(SMALL.rows) == 12
+    assert [float(row["per_image"]) for row in rows] == [row.per_image for row in SMALL.rows]
+    assert {(row["model_hash"], row["protocol"], row["lpmflow"], row["date"]) for row in rows} == {
+        ("0123456789abcdef", "spair", read["versions"]["lpmflow"], SMALL.date)
+    }
+    text = files[2].read_text()
+    for part in ("`0123456789abcdef`", "`fedcba9876543210`", SMALL.date, "| cat | 2 | 75.0 | 75.0 |", "## spair"):
+        assert part in text
+    assert sorted(tmp_path.iterdir()) == sorted(files)
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    check_writable(None, tmp_path / "a")
+    with pytest.raises(FileNotFoundError, match="path must name a file in an existing folder, got "):
+        check_writable(None, tmp_path / "no" / "a")
+    with pytest.raises(IsADirectoryError, match="path must name a file, got the folder "):
+        check_writable(tmp_path)
+
+
+def test_an_alpha_of_ones_own() -> None:
+    report = dataclasses.replace(
+        SMALL, alphas={"spair": (0.05,)}, rows=[row for row in SMALL.rows if row.alpha == 0.05]
+    )
+    text = "\n".join(report.lines())
+    assert "PCK@0.05" in text and "PCK@0.1" not in text and "Papers" not in text
