@@ -60,9 +60,7 @@ def make_matcher(args: argparse.Namespace) -> PairMatcher:
         return IdentityMatcher()
     from lpmflow.matcher import Matcher
 
-    return Matcher(
-        model=args.model, device=args.device or local_device(), dtype=args.dtype, image_size=args.image_size
-    )
+    return Matcher(model=args.model, device=args.device or local_device(), dtype=args.dtype, image_size=args.image_size)
 
 
 def _count(text: str) -> int:
