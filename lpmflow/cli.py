@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import lpmflow
 
@@ -145,7 +145,7 @@ def run_match(args: argparse.Namespace) -> None:
     from lpmflow.matcher import Matcher
 
     source, target = (load_image(path, repr(path)) for path in (args.source, args.target))
-    match = Matcher(model=args.model, device=args.device, dtype=args.dtype, image_size=args.image_size)(source, target)
+    match = Matcher(**_matcher_arguments(args))(source, target)
     _print_points(match, args.points)
     for path in (args.output, args.save_flow):
         if path is not None:
@@ -157,7 +157,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     """`lpmflow evaluate`."""
     from lpmflow.benchmark import command
 
-    command.run(args)
+    command.run(args, _matcher_arguments(args))
 
 
 def run_data_check(args: argparse.Namespace) -> int:
@@ -221,8 +221,19 @@ def _evaluate_options(command: argparse.ArgumentParser) -> None:
     _matcher_options(command)
 
 
+def _matcher_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `lpmflow.Matcher`, those given."""
+    names = ("model", "device", "dtype", "image_size", "backbone", "backbone_weights", "readout")
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
 def _matcher_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--model", metavar="NAME|FILE", help="name or weight file (default: the embedded weights)")
+    command.add_argument(
+        "--model", metavar="NAME|FILE", help="name, weight file, or zero-shot (default: the embedded weights)"
+    )
+    command.add_argument("--backbone", metavar="NAME", help="the timm backbone of --model zero-shot")
+    command.add_argument("--backbone-weights", metavar="FILE", help="its parameters (default: timm downloads them)")
+    command.add_argument("--readout", choices=("window", "nearest"), help="of --model zero-shot (default: window)")
     command.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: cuda where there is one, else cpu)")
     command.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32)")
     command.add_argument(

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lpmflow.model import LPMFlow
 
 DEFAULT_MODEL = "lpmflow-tiny"
+ZERO_SHOT = "zero-shot"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 ModelLike = Union[str, "os.PathLike[str]", "LPMFlow", None]
@@ -46,6 +47,9 @@ class Matcher:
         device: "cpu", "cuda", "cuda:1", "mps" or a torch.device. None: the GPU when CUDA has one, else the CPU.
         dtype: "float32" (None), "bfloat16" or "float16", or the torch dtype: what the network computes in, by
             autocast. Parameters and results stay float32.
+        backbone, backbone_weights, readout: for model="zero-shot" only, which matches the features of a timm backbone
+            with no training of its own: a timm name such as "vit_base_patch14_reg4_dinov2.lvd142m", a file of its
+            parameters (None: timm downloads them), "window" (None) or "nearest"; see `lpmflow.model.zero_shot`.
         image_size: what the network sees of a photograph, one number or (height, width), a multiple of its patch size
             (16): 512, 768, 1024. Tables of positions are resized to it, so it works best near the size the weights
             were trained at (None). A finer flow for more time and memory; the memory grows with the number of pixels.
@@ -62,10 +66,16 @@ class Matcher:
         dtype: DTypeLike = None,
         *,
         image_size: int | tuple[int, int] | None = None,
+        backbone: str | None = None,
+        backbone_weights: str | os.PathLike[str] | None = None,
+        readout: str | None = None,
     ) -> None:
         self.device = _device(device)
         self.dtype = _dtype(dtype)
-        self.model: LPMFlow = _model(model, image_size).to(self.device).eval()
+        options: dict[str, Any] = {"backbone": backbone, "backbone_weights": backbone_weights, "readout": readout}
+        given = {name: value for name, value in options.items() if value is not None}
+        found = _zero_shot(image_size, **given) if model == ZERO_SHOT else _model(model, image_size, given)
+        self.model: LPMFlow = found.to(self.device).eval()
 
     def __call__(self, src: ImageLike, tgt: ImageLike) -> Match:
         """Where each pixel of `src` lies in `tgt`.
@@ -194,8 +204,25 @@ def _presets() -> list[str]:
     return list_models()
 
 
-def _model(model: ModelLike, image_size: Any = None) -> LPMFlow:
+def _zero_shot(
+    image_size: Any,
+    backbone: str | None = None,
+    backbone_weights: str | os.PathLike[str] | None = None,
+    readout: str = "window",
+) -> Any:
+    """The network of `model="zero-shot"`."""
+    if backbone is None:
+        raise ValueError(f"backbone must be the name of a timm model for model={ZERO_SHOT!r}, got None")
+    from lpmflow.model.zero_shot import ZeroShot
+
+    return ZeroShot(backbone, weights=backbone_weights, image_size=image_size, readout=readout)
+
+
+def _model(model: ModelLike, image_size: Any, zero_shot: dict[str, Any]) -> LPMFlow:
     """The trained network `model` stands for, at another size where one is given."""
+    if zero_shot:
+        name, value = next(iter(zero_shot.items()))
+        raise ValueError(f"{name} is for model={ZERO_SHOT!r} only, got {value!r}")
     if isinstance(model, nn.Module):
         if image_size is not None:
             raise ValueError(
@@ -223,7 +250,7 @@ def _model(model: ModelLike, image_size: Any = None) -> LPMFlow:
     path = Path(model)
     if path.exists():
         return _checked(load_checkpoint(path, **size))
-    wanted = f"model must be one of {', '.join(presets)}, the path of a checkpoint, or an LPMFlow"
+    wanted = f"model must be one of {', '.join(presets)}, the path of a checkpoint, {ZERO_SHOT}, or an LPMFlow"
     if path.suffix or path.name != str(model):
         raise FileNotFoundError(f"{wanted}; there is no file {str(model)!r}")
     raise ValueError(f"{wanted}, got {model!r}")

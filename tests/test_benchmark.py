@@ -241,7 +241,7 @@ def test_the_command_prints_and_writes_the_report(
     said = capsys.readouterr()
     assert said.out.startswith("spair val of made-up: 3 pairs, 7 points, 1 categories\nmodel fake, ")
     assert "0.1                75.0" in said.out and "matched 3 of 3 pairs, squash/forward, in " in said.err
-    assert asked == [{"model": "mine.safetensors", "device": "cpu", "dtype": "bfloat16", "image_size": None}]
+    assert asked == [{"model": "mine.safetensors", "device": "cpu", "dtype": "bfloat16"}]
     assert json.loads(files["json"].read_text())["protocols"]["spair"]["name"] == "spair"
     assert len(files["csv"].read_text().splitlines()) == 1 + 4 * 3 and "## spair" in files["markdown"].read_text()
     drawn = [path.name for path in sorted((tmp_path / "worst").iterdir())]

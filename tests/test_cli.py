@@ -58,7 +58,7 @@ def test_match_writes_and_prints(calls: list[Any], tmp_path: Path, capsys: pytes
     out, flow = tmp_path / "match.png", tmp_path / "match.flo"
     code = cli.main(["match", CAT, RACCOON, "-o", str(out), "--points", "12,8.5", "0,0", "--save-flow", str(flow)])
     assert code == 0
-    assert calls == [{"model": None, "device": None, "dtype": None, "image_size": None}, SHAPES]
+    assert calls == [{}, SHAPES]
     assert capsys.readouterr() == ("12,8.5 -> 22.00,8.75\n0,0 -> 10.00,0.25\n", f"wrote {out}\nwrote {flow}\n")
     assert out.read_text() == flow.read_text() == "match"
 
@@ -68,7 +68,7 @@ def test_match_passes_the_choice_of_model_device_and_dtype(
 ) -> None:
     options = ["--model", "lpmflow-base", "--device", "cuda:1", "--dtype", "bfloat16"]
     assert cli.main(["match", CAT, RACCOON, "--points", "1,2", *options]) == 0
-    assert calls[0] == {"model": "lpmflow-base", "device": "cuda:1", "dtype": "bfloat16", "image_size": None}
+    assert calls[0] == {"model": "lpmflow-base", "device": "cuda:1", "dtype": "bfloat16"}
     assert capsys.readouterr().out == "1,2 -> 11.00,2.25\n"
 
 

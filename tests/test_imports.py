@@ -33,9 +33,9 @@ ARROWS: dict[str, set[str]] = {
     "data": LEAVES | {"images"},
     "evaluation": LEAVES | {"data"},
     "training": LEAVES | {"images", "data", "model", "evaluation", "flowfile"},
-    "zero_shot": LEAVES | {"images", "result"},
+    "identity": LEAVES | {"images", "result"},
     "benchmark": LEAVES
-    | {"lpmflow", "images", "data", "evaluation", "matcher", "zero_shot", "result", "visualize", "flowfile"},
+    | {"lpmflow", "images", "data", "evaluation", "matcher", "identity", "result", "visualize", "flowfile"},
     "info": LEAVES | {"lpmflow", "model", "ops"},
     "demo": LEAVES | {"images", "matcher", "result", "visualize", "flowfile"},
     "cli": LEAVES | {"lpmflow", "images", "matcher", "result", "model", "benchmark", "data", "info", "demo"},

@@ -17,8 +17,11 @@ from lpmflow.data.homographies import load_homographies
 _ONLY_PAIRS = ("split", "protocol", "alpha", "predictions", "json", "csv", "markdown", "groups", "worst")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Evaluate as `args` say and print the report; the errors of `lpmflow.benchmark.evaluate`."""
+def run(args: argparse.Namespace, options: dict[str, Any]) -> None:
+    """Evaluate as `args` say, with a Matcher of `options`, and print the report.
+
+    Raises what `lpmflow.benchmark.evaluate` raises.
+    """
     if args.batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {args.batch_size}")
     check_writable(args.json, args.csv, args.markdown, args.predictions)
@@ -27,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
             if getattr(args, name):
                 raise ValueError(f"--{name} must not be given for hpatches, which has dense truth and no keypoints")
         pairs = load_homographies(Path(args.root))
-        report_homographies(pairs, make_matcher(args), batch_size=args.batch_size, say=print)
+        report_homographies(pairs, make_matcher(options), batch_size=args.batch_size, say=print)
         return
     count, folder = (_count(args.worst[0]), args.worst[1]) if args.worst else (0, None)
     groups = _groups(args.groups) if args.groups else None
@@ -35,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
         report = evaluate(
             args.benchmark,
             args.root,
-            make_matcher(args),
+            make_matcher(options),
             split=args.split,
             protocols=args.protocol,
             alphas=args.alpha,
@@ -52,15 +55,15 @@ def run(args: argparse.Namespace) -> None:
             print("\n".join(report.lines()))
 
 
-def make_matcher(args: argparse.Namespace) -> PairMatcher:
-    """The matcher `--model` and its companions ask for."""
-    if args.model == "identity":
-        from lpmflow.zero_shot import IdentityMatcher
+def make_matcher(options: dict[str, Any]) -> PairMatcher:
+    """The matcher of the given arguments of `lpmflow.Matcher`; "identity" is a model here."""
+    if options.get("model") == "identity":
+        from lpmflow.identity import IdentityMatcher
 
         return IdentityMatcher()
     from lpmflow.matcher import Matcher
 
-    return Matcher(model=args.model, device=args.device or local_device(), dtype=args.dtype, image_size=args.image_size)
+    return Matcher(**{"device": local_device(), **options})
 
 
 def _count(text: str) -> int:

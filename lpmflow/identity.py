@@ -1,7 +1,4 @@
-"""Matchers without training, to compare with on equal footing: they answer like `lpmflow.Matcher`.
-
-`IdentityMatcher` matches nothing.
-"""
+"""The baseline that matches nothing; it answers like `lpmflow.Matcher`."""
 
 from __future__ import annotations
 
