@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from lpmflow.data import KeypointPair
+from lpmflow.data import KeypointPair, load_pairs
 from lpmflow.evaluation import Scores, pck, protocol, relative_errors, score
 
 SIZE = (300, 400)
@@ -191,3 +192,42 @@ def test_the_whole_test_split_of_spair_is_scored_in_seconds() -> None:
             assert len(found.by_category(alpha)) == 18 and len(found.by_difficulty(alpha)["viewpoint"]) == 3
             found.interval(alpha)
     assert time.process_time() - start < 5
+
+
+def test_pf_willow_is_what_a_few_lines_of_ones_own_say(shared: Path) -> None:
+    """The 900 pairs, read, scaled and counted once more from the file: every figure, to the last digit.
+
+    Predictions are the points at the same part of the photograph, the first half of them shaken.
+    """
+    root = shared / "data" / "PF-WILLOW"
+    pairs = load_pairs("pf-willow", root, "test")
+    noise = np.random.default_rng(5).normal(0, 12, (900, 10, 2)) * (np.arange(10) < 5)[:, None]
+    opened = {}
+    for path in {one.source for one in pairs} | {one.target for one in pairs}:
+        with Image.open(path) as image:
+            opened[path] = image.size
+    landed, sizes = [], []
+    for one, shake in zip(pairs, noise, strict=True):
+        source, target = np.array(opened[one.source]), np.array(opened[one.target])
+        landed.append(one.source_points * target / source + shake)
+        sizes.append(((source[1], source[0]), (target[1], target[0])))
+    shares: dict[str, list[list[float]]] = {"pf-willow": [], "pf-willow-bbox": []}
+    with (root / "test_pairs.csv").open() as lines:
+        next(lines)
+        for line, shake in zip(lines, noise, strict=True):
+            names, numbers = line.split(",")[:2], np.array(line.split(",")[2:], dtype=float)
+            xa, ya, xb, yb = numbers.reshape(4, 10)
+            (wa, ha), (wb, hb) = (opened[root / name.removeprefix("PF-WILLOW/")] for name in names)
+            px, py = (xa * wb / wa + shake[:, 0]) * (512 / wb), (ya * hb / ha + shake[:, 1]) * (512 / hb)
+            gx, gy = xb * (512 / wb), yb * (512 / hb)
+            for name, extent in (
+                ("pf-willow", max(gx.max() - gx.min(), gy.max() - gy.min())),
+                ("pf-willow-bbox", max(gx.max() + 1, gy.max() + 1)),
+            ):
+                near = np.hypot(px - gx, py - gy) / extent
+                shares[name].append([float((near <= alpha).mean()) for alpha in (0.05, 0.1, 0.15)])
+    for name, own in shares.items():
+        found = score(protocol(name), pairs, landed, sizes)
+        said = [found.pck(alpha).per_image for alpha in (0.05, 0.1, 0.15)]
+        assert said == [100 * float(np.mean(column)) for column in zip(*own, strict=True)] and said[0] > 5
+    assert shares["pf-willow"] != shares["pf-willow-bbox"]

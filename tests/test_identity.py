@@ -1,0 +1,23 @@
+"""The baseline that matches nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lpmflow.identity import IdentityMatcher
+
+
+def test_identity_scales_points_by_the_size_of_the_photographs() -> None:
+    matcher, images = IdentityMatcher(), (np.zeros((40, 60, 3), np.uint8), np.zeros((80, 240), np.uint8))
+    match = matcher(*images)
+    points = [(0, 0), (59, 39), (10.25, 3.5), (-0.5, 39.5)]
+    np.testing.assert_allclose(match.transfer(points), [(1.5, 0.5), (237.5, 78.5), (42.5, 7.5), (-0.5, 79.5)])
+    (other,) = matcher.batch(iter([images]))
+    np.testing.assert_array_equal(other.flow, match.flow)
+    assert (matcher.name, matcher.fingerprint()) == ("identity", "identity")
+
+
+def test_identity_refuses_what_is_no_image() -> None:
+    with pytest.raises(FileNotFoundError, match="tgt must be the path of an image file"):
+        IdentityMatcher()(np.zeros((4, 4), np.uint8), "absent.png")
