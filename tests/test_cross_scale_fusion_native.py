@@ -184,6 +184,17 @@ def test_nan_comes_out_where_it_belongs(isa):
     assert found.confidence.isnan().sum() == 25 + 1 + 2
 
 
+def test_an_axis_that_keeps_its_length_reads_no_neighbours(isa):
+    case = (1, [((4, 3), (4, 6)), ((2, 6), (4, 3)), ((4, 6), (2, 6))], (4, 6))
+    corrs, x, y = inputs(case)
+    corrs[0][0, 4] = corrs[1][0, 7, 4] = corrs[2][0, 20] = float("nan")
+    corrs[0][0, 9, 1] = corrs[1][0, 2, 7] = float("-inf")
+    found, wanted = (run(case, corrs, x, y, backend) for backend in ("native", "reference"))
+    for value, expected in zip(found, wanted, strict=True):
+        assert torch.equal(value.isnan(), expected.isnan())
+        assert value.isnan().any() and value.isfinite().any()
+
+
 def test_masked_cells_get_no_weight(isa):
     """-inf where a tensor has the output's grid: those target cells are out of the question."""
     case = (1, [((4, 4), (4, 4))], (4, 4))

@@ -20,7 +20,8 @@ struct Axis {
     const int64_t at = int64_t(step * T(i));
     return at < in ? at : in - 1;
   }
-  int64_t high(int64_t i) const { return low(i) + 1 < in ? low(i) + 1 : low(i); }
+  // An axis that keeps its length has no neighbours to read, which would matter where they are NaN.
+  int64_t high(int64_t i) const { return in != out && low(i) + 1 < in ? low(i) + 1 : low(i); }
   T weight(int64_t i) const { return step * T(i) - T(low(i)); }  // of high(i)
 };
 

@@ -80,4 +80,5 @@ def lines_of_rows(lines: int, rows: int, like: Tensor) -> tuple[Tensor, Tensor, 
     step = torch.tensor(lines - 1, dtype=like.dtype) / (rows - 1) if rows > 1 else torch.zeros((), dtype=like.dtype)
     place = torch.arange(rows, device=like.device, dtype=like.dtype) * step.to(like.device)
     low = place.long().clamp(max=lines - 1)
-    return low, (low + 1).clamp(max=lines - 1), place - low
+    high = low if rows == lines else (low + 1).clamp(max=lines - 1)
+    return low, high, place - low
