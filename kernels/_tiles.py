@@ -140,3 +140,15 @@ def round_to(b, DTYPE: tl.constexpr):
         return tl.where(b == b, b_bits.to(tl.int32).to(tl.float32, bitcast=True), b)
     else:
         return b.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def products(b_q, b_k, o_k, M):
+    """r of a tile, -inf (so P = 0) where there is no such key: [BLOCK_Q, BLOCK_K]."""
+    return tl.where((o_k < M)[None, :], dot_rows(b_q, b_k), float("-inf"))
+
+
+@triton.jit
+def probabilities(b_r, b_largest, b_inverse, exponent):
+    """P from r and the stats of its rows."""
+    return tl.exp2((b_r - b_largest) * exponent) * b_inverse
