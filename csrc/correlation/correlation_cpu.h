@@ -172,9 +172,10 @@ int backward(const CorrelationBackward& op) {
   const CorrelationShape& s = op.shape;
   const int64_t width = padded<T>(s.width), blocks = (s.n + kQueryRows - 1) / kQueryRows;
   const int64_t heads = s.batch * s.heads;
-  int64_t parts = (s.threads + heads - 1) / heads;  // of a head's query rows
-  parts = parts > blocks ? blocks : parts;
-  const int64_t group = parts > 1 ? 1 : heads < s.threads ? heads : s.threads;  // heads done between two barriers
+  int64_t parts = s.threads / heads;  // of a head's query rows
+  parts = parts < 1 ? 1 : parts > blocks ? blocks : parts;
+  int64_t group = s.threads / parts;  // heads done between two barriers: a task a thread
+  group = group < 1 ? 1 : group > heads ? heads : group;
   Buffer<T> sums(group * parts * 2 * s.m * width);
   if (sums.failed()) return kOutOfMemory;
   int status = kDone;

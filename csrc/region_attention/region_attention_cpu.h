@@ -211,9 +211,10 @@ int region_backward(const RegionAttentionBackward& op) {
   const RegionBias<T> bias(s);
   const int64_t n = bias.tokens(), width = padded<T>(s.width), block_rows = region_block_rows<T>(padded<T>(n));
   const int64_t heads = s.batch * s.heads, blocks = (n + block_rows - 1) / block_rows;
-  int64_t parts = (s.threads + heads - 1) / heads;  // of a head's query rows
-  parts = parts > blocks ? blocks : parts;
-  const int64_t group = parts > 1 ? 1 : heads < s.threads ? heads : s.threads;  // heads done between two barriers
+  int64_t parts = s.threads / heads;  // of a head's query rows
+  parts = parts < 1 ? 1 : parts > blocks ? blocks : parts;
+  int64_t group = s.threads / parts;  // heads done between two barriers: a task a thread
+  group = group < 1 ? 1 : group > heads ? heads : group;
   const int64_t size = RegionSums<T>::size(bias, width);
   Buffer<T> data(group * parts * size), laid(s.heads * bias.size()), total(s.heads * bias.size());
   if (data.failed() || laid.failed() || total.failed()) return kOutOfMemory;
