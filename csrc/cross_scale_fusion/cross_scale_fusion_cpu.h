@@ -267,7 +267,8 @@ class FusionBackward {
   FusionRow<In, T> row_;
   Buffer<T> lines_, tables_;
   Buffer<int64_t> range_;
-  T *pull_, *shrunk_, *down_, *shrink_, *gathered_, *line_sums_;
+  T *pull_ = nullptr, *shrunk_ = nullptr, *down_ = nullptr, *shrink_ = nullptr, *gathered_ = nullptr;
+  T* line_sums_ = nullptr;
 };
 
 template <class In, class T>

@@ -188,7 +188,7 @@ class FusionRow {
   bool whole_source_ = false, whole_target_ = false, narrow_ = false;
   Buffer<T> scratch_;
   Buffer<int64_t> taps_;
-  T *u_, *wide_, *weights_, *valid_, *x_, *coarse_;
+  T *u_ = nullptr, *wide_ = nullptr, *weights_ = nullptr, *valid_ = nullptr, *x_ = nullptr, *coarse_ = nullptr;
 };
 
 }  // namespace LPMFLOW_ISA
