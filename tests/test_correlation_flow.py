@@ -24,6 +24,7 @@ CASES = [
     ((9, 7), (4, 4), (3, 2), 1),  # to a coarser grid: some lines belong to no row
     ((5, 4), (3, 3), (1, 6), 2),
     ((2, 9), (5, 5), (17, 9), 1),
+    ((2, 2), (3, 2), (50, 3), 1),  # float32 and float64 round a row to different lines
 ]
 BACKENDS = [b for b in ("reference", "native") if ops.backend_report()["cross_scale_fusion"][b] is None]
 NAMES = ("attended", "mapping", "confidence")
@@ -70,7 +71,7 @@ def pieces(request, monkeypatch) -> str:
         monkeypatch.setattr(module, "BLOCK_BYTES", 1)
     if request.param == "two lines":
         original = module._blocks
-        monkeypatch.setattr(module, "_blocks", lambda source, out, at_once: original(source, out, 2))
+        monkeypatch.setattr(module, "_blocks", lambda source, out, at_once, dtype: original(source, out, 2, dtype))
     return request.param
 
 

@@ -99,7 +99,7 @@ def correlation_flow(
     line_bytes = q.shape[0] * source[1] * target[0] * target[1] * exact.itemsize
     whole = backend == "triton" or fits(q.shape[0], source, target)
     at_once = source[0] if whole else max(BLOCK_BYTES // max(line_bytes, 1), 1)
-    blocks = list(_blocks(source, out, at_once))
+    blocks = list(_blocks(source, out, at_once, exact))
     if len(blocks) == 1:
         return CorrelationFlow(*run(blocks[0], q, k, v, table_x, table_y))
     again = needs_gradient(q, k, v, table_x, table_y)
@@ -126,14 +126,15 @@ def fits(batch: int, source_grid: Grid, target_grid: Grid) -> bool:
     return cells * torch.float32.itemsize <= BLOCK_BYTES
 
 
-def _blocks(source: Grid, out: Grid, at_once: int) -> Iterator[_Block]:
+def _blocks(source: Grid, out: Grid, at_once: int, dtype: torch.dtype) -> Iterator[_Block]:
     """Blocks of `at_once` lines; where rows are interpolated also the next line, which is in the next block again."""
     if source == out or at_once >= source[0]:
         for first in range(0, source[0], at_once):
             count = min(at_once, source[0] - first)
             yield _Block(first, count, count, first, count if source == out else out[0])
         return
-    low, _, _ = reference.lines_of_rows(source[0], out[0], torch.empty(0))
+    # in the kernels' type: its rounding decides between which lines a row lies
+    low, _, _ = reference.lines_of_rows(source[0], out[0], torch.empty(0, dtype=dtype))
     upper: list[int] = low.tolist()
     for first in range(0, source[0], at_once):
         own = min(at_once, source[0] - first)
