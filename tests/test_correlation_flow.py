@@ -131,6 +131,33 @@ def test_defaults():
     torch.testing.assert_close(found.mapping, mapping[:, 0])
 
 
+def test_the_default_grid_is_the_one_with_more_cells():
+    q, k = torch.randn(1, 1, 1 + 20, 4), torch.randn(1, 1, 1 + 9, 4)
+    found = correlation_flow_function(q, k, k, source_grid=(2, 10), target_grid=(3, 3))
+    assert found.mapping.shape == (1, 2, 2, 10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_block_is_larger_than_allowed(dtype, monkeypatch):
+    """Of the correlation tensor, counted with the line that a block shares with the next."""
+    sizes = []
+    original = module.correlation
+
+    def recorded(*args, **options):
+        attended, corr = original(*args, **options)
+        sizes.append(corr.numel() * corr.element_size())
+        return attended, corr
+
+    monkeypatch.setattr(module, "correlation", recorded)
+    line = 5 * 36 * dtype.itemsize
+    monkeypatch.setattr(module, "BLOCK_BYTES", 3 * line)
+    q, k = (torch.randn(1, 1, 1 + cells, 4, dtype=dtype) for cells in (30, 36))
+    for out, wanted in (((6, 5), [3, 3]), ((9, 9), [3, 3, 2])):
+        sizes.clear()
+        correlation_flow_function(q, k, k, source_grid=(6, 5), target_grid=(6, 6), out_grid=out)
+        assert [size // line for size in sizes] == wanted and max(sizes) <= module.BLOCK_BYTES
+
+
 def test_empty_batch(pieces):
     q, k, v, x, y = inputs(CASES[3], batch=0)
     found = correlation_flow_function(q, k, v, source_grid=(4, 3), target_grid=(8, 6), x=x, y=y)

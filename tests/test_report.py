@@ -76,7 +76,10 @@ def test_a_subset_is_not_shown_beside_the_papers() -> None:
     text = "\n".join(SMALL.lines())
     assert "(paper)" not in text
     note = " ".join(text[text.index("Papers,") :].split())
-    assert note.startswith("Papers, for the official test split of 12,234 pairs, which this is not, PCK@0.1 per image:")
+    assert note.startswith(
+        "Papers, for the official test split of 12,234 pairs, which this is not, PCK@0.1 per image by their own "
+        "protocols (lpmflow or cats):"
+    )
     assert note.endswith("NC-Net 20.1.") and "LPMFlow 65.6, ACTR 62.1" in note
     assert "Not the official test split of SPair-71k" in SMALL.to_markdown()
 

@@ -69,3 +69,8 @@ def test_pairs_that_do_not_say_which_points_they_have() -> None:
 def test_groups_of_other_categories() -> None:
     with pytest.raises(ValueError, match="groups must name a category of these pairs, cat, got dog, cow"):
         geometry_aware_points([pair("cat", [1])], {"dog": EARS_AND_LEGS, "cow": EARS_AND_LEGS})
+
+
+def test_groups_that_no_pair_has_two_points_of() -> None:
+    with pytest.raises(ValueError, match="groups must hold two points or more that some pair has marked together"):
+        geometry_aware_points([pair("cat", [2, 5, 9])], {"cat": EARS_AND_LEGS})

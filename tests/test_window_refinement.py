@@ -96,3 +96,11 @@ def test_refusals_name_the_argument():
         window_attention(qkv, table, heads=2, window=3)
     with pytest.raises(ValueError, match=r"qkv must have shape \(B, H, W, 3C\)"):
         window_attention(qkv[0], table, heads=2, window=2)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_an_empty_batch_of_maps_that_need_masks(shift):
+    out = window_attention(
+        torch.zeros(0, 5, 4, 12), torch.zeros(25, 2), heads=2, window=3, shift=shift, backend="reference"
+    )
+    assert out.shape == (0, 5, 4, 4)

@@ -296,5 +296,9 @@ def test_refusals_name_the_argument():
         window_stage(x, weights._replace(norm_out_bias=weights.norm_out_bias[:5]), **sizes)
     with pytest.raises(TypeError, match=r"qkv_bias must be a torch.Tensor \(channels\), got NoneType"):
         window_stage(x, weights._replace(qkv_bias=None), **sizes)
+    with pytest.raises(
+        TypeError, match="proj_weight must have x's dtype torch.float32 outside autocast, got torch.float64"
+    ):
+        window_stage(x, weights._replace(proj_weight=weights.proj_weight.double()), **sizes)
     with pytest.raises(ValueError, match=r"bias_table must have shape \(25, 2\), got \(9, 2\)"):
         window_stage(x, weights, heads=2, window=3)

@@ -1,9 +1,11 @@
-// The 16-bit element types of tensors: read and written one by one, never computed in.
+// The element types of tensors. The 16-bit ones are read and written one by one, never computed in.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
+#include "../common/dtype.h"
+#include "../common/status.h"
 #include "simd.h"
 
 #if defined(__FLT16_MANT_DIG__)
@@ -37,6 +39,23 @@ struct BFloat16 {
     return value;
   }
 };
+
+// run(element, exact): two values of the types of `dtype` and of what its sums are formed in; their types are what counts.
+template <class Run>
+int by_type(Dtype dtype, const Run& run) {
+  switch (dtype) {
+    case Dtype::kFloat32: return run(float{}, float{});
+    case Dtype::kFloat64: return run(double{}, double{});
+    case Dtype::kBFloat16: return run(BFloat16{}, float{});
+    case Dtype::kFloat16:
+#if LPMFLOW_HAS_FLOAT16
+      return run(Float16{}, float{});
+#else
+      break;
+#endif
+  }
+  return kNoFloat16;
+}
 
 }  // namespace LPMFLOW_ISA
 }  // namespace lpmflow

@@ -336,33 +336,15 @@ int fuse_backward(const CrossScaleFusionBackward& back) {
 }
 
 inline int cross_scale_fusion_forward(const CrossScaleFusion& op) {
-  switch (op.dtype) {
-    case Dtype::kFloat32: return fuse<float, float>(op);
-    case Dtype::kFloat64: return fuse<double, double>(op);
-    case Dtype::kBFloat16: return fuse<BFloat16, float>(op);
-    case Dtype::kFloat16:
-#if LPMFLOW_HAS_FLOAT16
-      return fuse<Float16, float>(op);
-#else
-      break;
-#endif
-  }
-  return kNoFloat16;
+  return by_type(op.dtype, [&](auto element, auto exact) {
+    return fuse<decltype(element), decltype(exact)>(op);
+  });
 }
 
 inline int cross_scale_fusion_backward(const CrossScaleFusionBackward& back) {
-  switch (back.op.dtype) {
-    case Dtype::kFloat32: return fuse_backward<float, float>(back);
-    case Dtype::kFloat64: return fuse_backward<double, double>(back);
-    case Dtype::kBFloat16: return fuse_backward<BFloat16, float>(back);
-    case Dtype::kFloat16:
-#if LPMFLOW_HAS_FLOAT16
-      return fuse_backward<Float16, float>(back);
-#else
-      break;
-#endif
-  }
-  return kNoFloat16;
+  return by_type(back.op.dtype, [&](auto element, auto exact) {
+    return fuse_backward<decltype(element), decltype(exact)>(back);
+  });
 }
 
 }  // namespace LPMFLOW_ISA

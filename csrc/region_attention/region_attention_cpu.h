@@ -277,33 +277,15 @@ int region_backward(const RegionAttentionBackward& op) {
 }
 
 inline int region_attention_forward(const RegionAttentionForward& op) {
-  switch (op.shape.dtype) {
-    case Dtype::kFloat32: return region_forward<float, float>(op);
-    case Dtype::kFloat64: return region_forward<double, double>(op);
-    case Dtype::kBFloat16: return region_forward<BFloat16, float>(op);
-    case Dtype::kFloat16:
-#if LPMFLOW_HAS_FLOAT16
-      return region_forward<Float16, float>(op);
-#else
-      break;
-#endif
-  }
-  return kNoFloat16;
+  return by_type(op.shape.dtype, [&](auto element, auto exact) {
+    return region_forward<decltype(element), decltype(exact)>(op);
+  });
 }
 
 inline int region_attention_backward(const RegionAttentionBackward& op) {
-  switch (op.shape.dtype) {
-    case Dtype::kFloat32: return region_backward<float, float>(op);
-    case Dtype::kFloat64: return region_backward<double, double>(op);
-    case Dtype::kBFloat16: return region_backward<BFloat16, float>(op);
-    case Dtype::kFloat16:
-#if LPMFLOW_HAS_FLOAT16
-      return region_backward<Float16, float>(op);
-#else
-      break;
-#endif
-  }
-  return kNoFloat16;
+  return by_type(op.shape.dtype, [&](auto element, auto exact) {
+    return region_backward<decltype(element), decltype(exact)>(op);
+  });
 }
 
 }  // namespace LPMFLOW_ISA

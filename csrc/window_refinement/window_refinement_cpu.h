@@ -130,33 +130,15 @@ int backward(const WindowBackward& op) {
 }
 
 inline int window_refinement_forward(const WindowForward& op) {
-  switch (op.shape.dtype) {
-    case Dtype::kFloat32: return forward<float, float>(op);
-    case Dtype::kFloat64: return forward<double, double>(op);
-    case Dtype::kBFloat16: return forward<BFloat16, float>(op);
-    case Dtype::kFloat16:
-#if LPMFLOW_HAS_FLOAT16
-      return forward<Float16, float>(op);
-#else
-      break;
-#endif
-  }
-  return kNoFloat16;
+  return by_type(op.shape.dtype, [&](auto element, auto exact) {
+    return forward<decltype(element), decltype(exact)>(op);
+  });
 }
 
 inline int window_refinement_backward(const WindowBackward& op) {
-  switch (op.shape.dtype) {
-    case Dtype::kFloat32: return backward<float, float>(op);
-    case Dtype::kFloat64: return backward<double, double>(op);
-    case Dtype::kBFloat16: return backward<BFloat16, float>(op);
-    case Dtype::kFloat16:
-#if LPMFLOW_HAS_FLOAT16
-      return backward<Float16, float>(op);
-#else
-      break;
-#endif
-  }
-  return kNoFloat16;
+  return by_type(op.shape.dtype, [&](auto element, auto exact) {
+    return backward<decltype(element), decltype(exact)>(op);
+  });
 }
 
 }  // namespace LPMFLOW_ISA

@@ -137,7 +137,10 @@ def _papers(report: Report) -> list[str]:
     if report.benchmark != "spair" or report.official or not any(ALPHA in one for one in report.alphas.values()):
         return []
     rows = ", ".join(f"{row.method} {row.all:.1f}" for row in SPAIR_TABLE)
-    note = f"Papers, for the official test split of 12,234 pairs, which this is not, PCK@{ALPHA:g} per image: {rows}."
+    note = (
+        f"Papers, for the official test split of 12,234 pairs, which this is not, PCK@{ALPHA:g} per image by their "
+        f"own protocols (lpmflow or cats): {rows}."
+    )
     return ["", *textwrap.wrap(note, 118, break_on_hyphens=False)]
 
 

@@ -39,7 +39,7 @@ def geometry_aware_points(pairs: Sequence[KeypointPair], groups: Mapping[str, Gr
     """(K,): `geometry_aware` of every keypoint of `pairs`, for `Scores.pck(points=...)`; `groups` by category.
 
     A category without groups has no such points. Raises ValueError when a pair does not say which points it has, or
-    no pair is of a category that has groups.
+    when no point of any pair is in the subset.
     """
     if not any(pair.category in groups for pair in pairs):
         raise ValueError(
@@ -51,7 +51,10 @@ def geometry_aware_points(pairs: Sequence[KeypointPair], groups: Mapping[str, Gr
         if pair.point_ids is None:
             raise ValueError(f"groups need pairs that say which points they have, which {pair.name!r} does not")
         found.append(geometry_aware(pair.point_ids, groups.get(pair.category, ())))
-    return np.concatenate(found)
+    aware = np.concatenate(found)
+    if not aware.any():
+        raise ValueError("groups must hold two points or more that some pair has marked together, but no pair has")
+    return aware
 
 
 def _group_of(groups: Groups) -> dict[str, int]:

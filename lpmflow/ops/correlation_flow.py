@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -61,15 +62,16 @@ def correlation_flow(
     """Attended values of a matching block and the flow of its correlation tensor (paper sections 3.3 and 3.4).
 
     Equal to `correlation` followed by `cross_scale_fusion` of its one tensor, up to rounding. A tensor of more than
-    `BLOCK_BYTES` never exists: it is computed a block of source lines at a time, each block is turned into flow and
-    dropped, and where a gradient is needed computed again for it (`torch.utils.checkpoint`). Memory then grows with the
-    number of tokens, N + M, and not with N M.
+    `BLOCK_BYTES` is never whole in memory: it is computed a block of source lines at a time, of that size or of the
+    line or two that a row of the result needs, each block is turned into flow and dropped, and where a gradient is
+    needed computed again for it (`torch.utils.checkpoint`). Memory then grows with the number of tokens, N + M, and not
+    with N M. Computed in blocks, it cannot be traced as one graph by `torch.compile`, nor used in `torch.func`.
 
     Args:
         q: (B, H, N, D) queries, N = prefix + cells of `source_grid`; k, v: (B, H, M, D), M = prefix + cells of
             `target_grid`. Types as in `correlation`.
         source_grid, target_grid: (height, width) of the two sides.
-        out_grid: (h, w) of the result; the finer of the two grids when None.
+        out_grid: (h, w) of the result; the one of the two grids with more cells when None.
         scale, prefix: as in `correlation`.
         temperature, x, y: as in `cross_scale_fusion`.
         backend: for both parts; None chooses for each. "triton" computes in one piece whatever the size.
@@ -78,7 +80,7 @@ def correlation_flow(
     """
     source = check_grid(OP, "source_grid", source_grid)
     target = check_grid(OP, "target_grid", target_grid)
-    out = check_grid(OP, "out_grid", out_grid if out_grid is not None else max(source, target))
+    out = check_grid(OP, "out_grid", out_grid if out_grid is not None else max(source, target, key=math.prod))
     check_count(OP, "prefix", prefix, at_least=0)
     check_tensor(OP, "q", q, "B, H, N, D")
     check_tensor(OP, "k", k, "B, H, M, D")
@@ -96,9 +98,10 @@ def correlation_flow(
         mapping, confidence = fuse_part(corr, source, target, out, temperature, x, y, backend, part)
         return attended, mapping, confidence
 
-    line_bytes = q.shape[0] * source[1] * target[0] * target[1] * exact.itemsize
-    whole = backend == "triton" or fits(q.shape[0], source, target)
-    at_once = source[0] if whole else max(BLOCK_BYTES // max(line_bytes, 1), 1)
+    whole = backend == "triton" or fits(q.shape[0], source, target, exact)
+    line_bytes = max(q.shape[0] * source[1] * math.prod(target) * exact.itemsize, 1)
+    # where rows are interpolated a block has the first line of the next one too
+    at_once = source[0] if whole else max(BLOCK_BYTES // line_bytes - (source != out), 1)
     blocks = list(_blocks(source, out, at_once, exact))
     if len(blocks) == 1:
         return CorrelationFlow(*run(blocks[0], q, k, v, table_x, table_y))
@@ -120,10 +123,9 @@ def correlation_flow(
     return CorrelationFlow(torch.cat(found[0], dim=2), torch.cat(found[1], dim=2), torch.cat(found[2], dim=1))
 
 
-def fits(batch: int, source_grid: Grid, target_grid: Grid) -> bool:
-    """Whether the correlation tensor of such grids is small enough to be held whole."""
-    cells = batch * source_grid[0] * source_grid[1] * target_grid[0] * target_grid[1]
-    return cells * torch.float32.itemsize <= BLOCK_BYTES
+def fits(batch: int, source_grid: Grid, target_grid: Grid, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether the correlation tensor of such grids, in `dtype`, is small enough to be held whole."""
+    return batch * math.prod(source_grid) * math.prod(target_grid) * dtype.itemsize <= BLOCK_BYTES
 
 
 def _blocks(source: Grid, out: Grid, at_once: int, dtype: torch.dtype) -> Iterator[_Block]:

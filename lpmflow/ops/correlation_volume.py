@@ -17,7 +17,8 @@ def correlation_volume(feat_a: Tensor, feat_b: Tensor, *, normalize: bool = True
     corr[b, i, j, k, l] = <a[b, :, i, j], b[b, :, k, l]>, with `normalize` of vectors brought to length 1: cosines.
     A zero vector gives zeros, and gets no gradient. With `mutual` each entry is weighted by how near it comes to the
     best of its row and to the best of its column, corr (corr / row's best)(corr / column's best): the soft mutual
-    nearest neighbours of NC-Net (Rocco et al., 2018). A best below 1e-5 counts as 1e-5.
+    nearest neighbours of NC-Net (Rocco et al., 2018). A negative entry has no weight, and a best below 1e-5 counts as
+    1e-5.
 
     Args:
         feat_a: (B, C, ha, wa); float32, float64, float16 or bfloat16.

@@ -25,7 +25,7 @@ def window_stage(
 
     Args:
         x: (B, H, W, C), at least one cell.
-        weights: `StageWeights`, on x's device.
+        weights: `StageWeights`, on x's device and, outside autocast, in its dtype (the bias table in any).
         heads: divides C.
         window: side of a window in cells; a map that is not a multiple has smaller windows at its edges.
         eps: of the three normalisations.
@@ -75,6 +75,8 @@ def _check_weights(weights: StageWeights, x: Tensor, heads: int, window: int) ->
         check_shape(OP, name, value, shape)
         if value.device != x.device:
             raise ValueError(f"{OP}: {name} must be on x's device {x.device}, got {value.device}")
+        if name != "bias_table" and value.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"{OP}: {name} must have x's dtype {x.dtype} outside autocast, got {value.dtype}")
 
 
 def _in_one_pass(x: Tensor, weights: StageWeights) -> bool:

@@ -14,8 +14,9 @@ def correlation_volume(feat_a: Tensor, feat_b: Tensor, *, normalize: bool, mutua
         a, b = unit(a), unit(b)
     volume = a.transpose(1, 2) @ b  # (B, cells of a, cells of b)
     if mutual:
-        best = [volume.amax(dim=dim, keepdim=True).clamp(min=EPSILON) for dim in (1, 2)]
-        volume = volume.pow(3) / (best[0] * best[1])
+        alike = volume.clamp(min=0)
+        for dim in (1, 2):
+            volume = volume * (alike / alike.amax(dim=dim, keepdim=True).clamp(min=EPSILON))
     return volume.unflatten(2, feat_b.shape[2:]).unflatten(1, feat_a.shape[2:])
 
 
@@ -26,9 +27,9 @@ EPSILON = 1e-5
 def unit(x: Tensor) -> Tensor:
     """(B, C, cells) with vectors of length 1; vectors of length 0 stay, and have no gradient.
 
-    The length is summed in float64, in which the squares of float32 neither overflow nor vanish.
+    Divided by the largest entry first, so that squares neither overflow nor vanish.
     """
-    length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64)
-    nothing = length == 0
-    inverse = torch.where(nothing, 0.0, 1 / torch.where(nothing, 1.0, length))
-    return x * inverse.to(x.dtype)
+    peak = x.detach().abs().amax(dim=1, keepdim=True)
+    nothing = peak == 0
+    x = x / torch.where(nothing, 1, peak)
+    return torch.where(nothing, 0, x / torch.linalg.vector_norm(x, dim=1, keepdim=True).where(~nothing, 1))

@@ -26,7 +26,11 @@ def window_attention(qkv: Tensor, bias_table: Tensor, *, heads: int, window: int
     logits = logits + bias_table.to(dtype)[relative_index(window, qkv.device)].permute(2, 0, 1)
     if regions is not None:
         apart = regions[:, :, None] != regions[:, None, :]  # (windows of one map, queries, keys)
-        logits = logits.unflatten(0, (batch, -1)).masked_fill(apart[None, :, None], float("-inf")).flatten(0, 1)
+        logits = (
+            logits.unflatten(0, (batch, regions.shape[0]))
+            .masked_fill(apart[None, :, None], float("-inf"))
+            .flatten(0, 1)
+        )
     out = torch.einsum("nhqk,nhkd->nqhd", logits.softmax(dim=-1), v).flatten(2)
     out = _merge(out.to(qkv.dtype), batch, padded, window)
     if shift:
