@@ -8,7 +8,7 @@ backend named by the caller, by the argument, by `use_backend` or by the variabl
 
 from lpmflow.ops._backends import BACKENDS, backend_report, last_backend, use_backend
 from lpmflow.ops.correlation import correlation
-from lpmflow.ops.correlation_flow import CorrelationFlow, correlation_flow, fits
+from lpmflow.ops.correlation_flow import CorrelationFlow, correlation_flow, volume_fits
 from lpmflow.ops.correlation_volume import correlation_volume
 from lpmflow.ops.cross_scale_fusion import FusedFlow, cross_scale_fusion
 from lpmflow.ops.region_attention import region_attention
@@ -27,11 +27,11 @@ __all__ = [
     "correlation_flow",
     "correlation_volume",
     "cross_scale_fusion",
-    "fits",
     "last_backend",
     "region_attention",
     "region_bias",
     "use_backend",
+    "volume_fits",
     "window_attention",
     "window_stage",
 ]

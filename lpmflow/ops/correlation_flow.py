@@ -98,7 +98,7 @@ def correlation_flow(
         mapping, confidence = fuse_part(corr, source, target, out, temperature, x, y, backend, part)
         return attended, mapping, confidence
 
-    whole = backend == "triton" or fits(q.shape[0], source, target, exact)
+    whole = backend == "triton" or volume_fits(q.shape[0], source, target, exact)
     line_bytes = max(q.shape[0] * source[1] * math.prod(target) * exact.itemsize, 1)
     # where rows are interpolated a block has the first line of the next one too
     at_once = source[0] if whole else max(BLOCK_BYTES // line_bytes - (source != out), 1)
@@ -123,7 +123,7 @@ def correlation_flow(
     return CorrelationFlow(torch.cat(found[0], dim=2), torch.cat(found[1], dim=2), torch.cat(found[2], dim=1))
 
 
-def fits(batch: int, source_grid: Grid, target_grid: Grid, dtype: torch.dtype = torch.float32) -> bool:
+def volume_fits(batch: int, source_grid: Grid, target_grid: Grid, dtype: torch.dtype = torch.float32) -> bool:
     """Whether the correlation tensor of such grids, in `dtype`, is small enough to be held whole."""
     return batch * math.prod(source_grid) * math.prod(target_grid) * dtype.itemsize <= BLOCK_BYTES
 
