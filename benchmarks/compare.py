@@ -123,7 +123,7 @@ def compare_memory(report: Any, op: str, stage: Any, inputs: list[Tensor], *, ba
             stage=stage.name,
             backend=backend,
             MiB=memory / 2**20,
-            ratio=found["reference"] / max(memory, 1),
+            ratio=found["reference"] / memory if memory > 0 else None,
         )
 
 

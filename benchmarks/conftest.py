@@ -21,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     group.addoption("--dtype", default=None, choices=list(DTYPES), help="float32 on the CPU, bfloat16 on a GPU")
     group.addoption("--batch-size", type=int, default=None, help="pairs (default: 1 on the CPU, 16 on a GPU)")
-    group.addoption("--seconds", type=float, default=2.0, help="how long each comparison is measured (default: 2)")
+    group.addoption("--seconds", type=float, default=1.5, help="how long each comparison is measured (default: 1.5)")
     group.addoption("--json", metavar="FILE", default=None, help="write the figures there as well")
 
 

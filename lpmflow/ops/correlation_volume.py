@@ -28,8 +28,9 @@ def correlation_volume(feat_a: Tensor, feat_b: Tensor, *, normalize: bool = True
         (B, ha, wa, hb, wb) in float32 (float64 for float64), row-major cells, differentiable in both maps. It flattens
         to what `cross_scale_fusion` takes: `volume.flatten(3).flatten(1, 2)`. Autocast does not reach inside.
 
-    There is one implementation: the matrix product takes most of the time, and PyTorch's runs near what the machine can
-    do (`pytest benchmarks/bench_correlation_volume.py`), so that a kernel of our own has little to win.
+    There is one implementation, PyTorch's. Of the time of cosines its matrix product, which runs near what the machine
+    can do, is the larger part from about 32 x 32 cells on (`pytest benchmarks/bench_correlation_volume.py`); a kernel
+    of our own has not been tried.
 
     Raises TypeError or ValueError naming the argument.
     """
