@@ -11,9 +11,9 @@ import shapes
 from compare import compare, compare_memory
 
 
-@pytest.mark.parametrize("name", [stage.name for stage in shapes.window_refinement()])
+@pytest.mark.parametrize("name", [stage.name for stage in shapes.window_attention()])
 def test_window_attention(name, device, dtype, batch_size, seconds, peaks, report):
-    stage = next(stage for stage in shapes.window_refinement(batch_size) if stage.name == name)
+    stage = next(stage for stage in shapes.window_attention(batch_size) if stage.name == name)
     title = f"window_attention, {{}}, {str(dtype).removeprefix('torch.')}"
     inputs = stage.inputs(dtype, device)
     compare(report, title, stage, inputs, dtype, peaks, seconds=seconds, shape=shape(stage))
@@ -27,13 +27,13 @@ def test_window_stage(name, device, dtype, batch_size, seconds, peaks, report):
     compare(report, title, stage, inputs, dtype, peaks, seconds=seconds, shape=shape(stage.attention))
 
 
-def shape(stage: shapes.WindowRefinement) -> str:
+def shape(stage: shapes.WindowAttention) -> str:
     """Maps and heads."""
     return f"{stage.batch} x {stage.height} x {stage.width}, {stage.heads} x {stage.head_width}"
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("op", ["window_refinement", "window_stage"])
+@pytest.mark.parametrize("op", ["window_attention", "window_stage"])
 def test_peak_memory(op, backward, device, dtype, batch_size, report):
     stages = getattr(shapes, op)(batch_size if device.type == "cuda" else 1)
     stage = next(stage for stage in stages if stage.name == "base 16")

@@ -64,7 +64,7 @@ def correlation(batch: int = 1) -> list[Correlation]:
 
 
 @dataclass(frozen=True)
-class WindowRefinement:
+class WindowAttention:
     """The attention of one Swin block on a map of height x width cells."""
 
     name: str
@@ -87,7 +87,7 @@ class WindowRefinement:
         table = torch.randn((2 * self.window - 1) ** 2, self.heads, generator=generator)
         return [qkv.to(device, dtype), table.to(device)]
 
-    def small(self) -> WindowRefinement:
+    def small(self) -> WindowAttention:
         """The same on one window."""
         return replace(self, height=self.window, width=self.window, batch=1)
 
@@ -104,20 +104,20 @@ class WindowRefinement:
         return (3 if backward else 1) * 4 * self.batch * self.height * self.width * self.channels * dtype.itemsize
 
 
-def window_refinement(batch: int = 1) -> list[WindowRefinement]:
+def window_attention(batch: int = 1) -> list[WindowAttention]:
     """The refinement stages and the super-resolution of the base network, and those of the tiny one.
 
     Super-resolution works on both images at once, so its batch is twice the pairs.
     """
     return [
-        WindowRefinement("base 16", 128, 128, heads=8, head_width=12, window=16, batch=batch),
-        WindowRefinement("base 8", 128, 128, heads=8, head_width=12, window=8, batch=batch),
-        WindowRefinement("base 4", 128, 128, heads=8, head_width=12, window=4, batch=batch),
-        WindowRefinement("base superres", 32, 32, heads=8, head_width=96, window=4, batch=2 * batch),
-        WindowRefinement("tiny 12", 96, 96, heads=3, head_width=16, window=12, batch=batch),
-        WindowRefinement("tiny 8", 96, 96, heads=3, head_width=16, window=8, batch=batch),
-        WindowRefinement("tiny 4", 96, 96, heads=3, head_width=16, window=4, batch=batch),
-        WindowRefinement("tiny superres", 24, 24, heads=6, head_width=32, window=4, batch=2 * batch),
+        WindowAttention("base 16", 128, 128, heads=8, head_width=12, window=16, batch=batch),
+        WindowAttention("base 8", 128, 128, heads=8, head_width=12, window=8, batch=batch),
+        WindowAttention("base 4", 128, 128, heads=8, head_width=12, window=4, batch=batch),
+        WindowAttention("base superres", 32, 32, heads=8, head_width=96, window=4, batch=2 * batch),
+        WindowAttention("tiny 12", 96, 96, heads=3, head_width=16, window=12, batch=batch),
+        WindowAttention("tiny 8", 96, 96, heads=3, head_width=16, window=8, batch=batch),
+        WindowAttention("tiny 4", 96, 96, heads=3, head_width=16, window=4, batch=batch),
+        WindowAttention("tiny superres", 24, 24, heads=6, head_width=32, window=4, batch=2 * batch),
     ]
 
 
@@ -125,7 +125,7 @@ def window_refinement(batch: int = 1) -> list[WindowRefinement]:
 class WindowStage:
     """A whole refinement stage: the layers around the attention, and what channel attention pools."""
 
-    attention: WindowRefinement
+    attention: WindowAttention
     hidden: int
 
     @property
@@ -172,8 +172,8 @@ class WindowStage:
 
 
 def window_stage(batch: int = 1) -> list[WindowStage]:
-    """The stages of `window_refinement`; the MLP is four times as wide, in the tiny super-resolution twice."""
-    stages = window_refinement(batch)
+    """The stages of `window_attention`; the MLP is four times as wide, in the tiny super-resolution twice."""
+    stages = window_attention(batch)
     return [WindowStage(a, (2 if a.name == "tiny superres" else 4) * a.channels) for a in stages]
 
 

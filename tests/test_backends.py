@@ -91,6 +91,7 @@ def test_the_context_ends_with_an_error_and_holds_for_its_thread_only(made_up):
         ("reference, correlation=triton", "correlation", "triton"),
         ("reference,correlation=triton", "region_attention", "reference"),
         ("region_attention=triton", "correlation", "native"),
+        ("window_attention=triton", "window_attention", "triton"),
         ("", "correlation", "native"),
     ],
 )
@@ -122,6 +123,15 @@ def test_wrong_names_in_the_context():
         pass
     with pytest.raises(ValueError, match="last_backend: the ops are correlation, "):
         ops.last_backend("correlate")
+
+
+def test_an_op_has_the_name_of_its_function():
+    for op in OPS:
+        assert callable(getattr(ops, op)) and getattr(ops, op).__name__ == op
+    qkv, table = torch.zeros(1, 2, 2, 6), torch.zeros(9, 2)
+    with ops.use_backend(window_attention="reference"):
+        ops.window_attention(qkv, table, heads=2, window=2)
+    assert ops.last_backend("window_attention") == "reference"
 
 
 def test_the_report_names_every_op_and_backend():

@@ -88,7 +88,7 @@ def test_half_precision_and_permuted_maps():
 
 def test_refusals_name_the_argument():
     qkv, table = inputs(4, 4, 2)
-    with pytest.raises(ValueError, match="window_refinement: shift must be smaller than window 2, got 2"):
+    with pytest.raises(ValueError, match="window_attention: shift must be smaller than window 2, got 2"):
         window_attention(qkv, table, heads=2, window=2, shift=2)
     with pytest.raises(ValueError, match="3 x heads x width channels"):
         window_attention(qkv, table, heads=4, window=2)

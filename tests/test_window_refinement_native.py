@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lpmflow import ops, reference
 
-if (missing := ops.backend_report()["window_refinement"]["native"]) is not None:
+if (missing := ops.backend_report()["window_attention"]["native"]) is not None:
     pytest.skip(missing, allow_module_level=True)
 NATIVE = importlib.import_module("lpmflow_kernels._native")
 
@@ -57,7 +57,7 @@ def options(size) -> dict[str, int]:
 
 def by_native(qkv: Tensor, table: Tensor, **sizes: int) -> Tensor:
     out = ops.window_attention(qkv, table, **sizes, backend="native")
-    assert ops.last_backend("window_refinement") == "native"
+    assert ops.last_backend("window_attention") == "native"
     return out
 
 
@@ -209,14 +209,14 @@ def test_empty(shape):
 def test_the_automatic_choice_on_the_cpu():
     qkv, table = inputs(SIZES[3])
     ops.window_attention(qkv, table, **options(SIZES[3]))
-    assert ops.last_backend("window_refinement") == "native"
+    assert ops.last_backend("window_attention") == "native"
 
 
 def test_second_derivatives_are_refused():
     qkv, table = inputs((1, 2, 2, 1, 2, 2, 0))
     out = by_native(qkv.requires_grad_(), table, heads=1, window=2)
     (grad,) = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
-    with pytest.raises(RuntimeError, match="window_refinement: the native backend has no second derivative"):
+    with pytest.raises(RuntimeError, match="window_attention: the native backend has no second derivative"):
         grad.sum().backward()
 
 
@@ -237,7 +237,7 @@ def test_forward_mode_goes_to_the_reference(argument):
 
     found, wanted = along(ops.window_attention), along(reference.window_attention)
     torch.testing.assert_close(found, wanted)
-    assert found.abs().max() > 0.01 and ops.last_backend("window_refinement") == "reference"
+    assert found.abs().max() > 0.01 and ops.last_backend("window_attention") == "reference"
     with pytest.raises(RuntimeError, match="'native' cannot run: it has no forward-mode derivative"):
         along(by_native)
 
@@ -255,9 +255,9 @@ def test_vmap_is_refused():
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_opcheck(layout):
     qkv, table = (x.requires_grad_() for x in inputs((2, 5, 3, 2, 4, 2, 1), layout=layout))
-    torch.library.opcheck(torch.ops.lpmflow.window_refinement_native.default, (qkv, table, 2, 2, 1))
+    torch.library.opcheck(torch.ops.lpmflow.window_attention_native.default, (qkv, table, 2, 2, 1))
     arguments = (torch.randn(2, 5, 3, 8), qkv.detach(), table.detach(), 2, 2, 1)
-    torch.library.opcheck(torch.ops.lpmflow.window_refinement_native_backward.default, arguments)
+    torch.library.opcheck(torch.ops.lpmflow.window_attention_native_backward.default, arguments)
 
 
 def test_shapes_without_numbers():
@@ -275,7 +275,7 @@ def test_compiles_whole_and_once():
             for run in (compiled, reference.window_attention):
                 qkv, table = (x.requires_grad_() for x in inputs(size, seed=seed))
                 grads.append(torch.autograd.grad(run(qkv, table, **options(size)).square().sum(), (qkv, table)))
-            assert ops.last_backend("window_refinement") == "native"
+            assert ops.last_backend("window_attention") == "native"
             for found, wanted in zip(*grads, strict=True):
                 torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 

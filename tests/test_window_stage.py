@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lpmflow import ops, reference
 from lpmflow.ops import PooledMap, StageWeights, window_stage
 
-missing = ops.backend_report()["window_refinement"]["native"]
+missing = ops.backend_report()["window_attention"]["native"]
 native_only = pytest.mark.skipif(missing is not None, reason=str(missing))
 NATIVE = importlib.import_module("lpmflow_kernels._native") if missing is None else None
 
@@ -189,13 +189,13 @@ def test_empty_batch(batch):
 def test_one_pass_is_for_inference_only(passes):
     x, weights, sizes = inputs((1, 5, 4, 6, 2, 2, 8), torch.float64)
     window_stage(x, weights, **sizes)
-    assert len(passes) == 1 and ops.last_backend("window_refinement") == "native"
+    assert len(passes) == 1 and ops.last_backend("window_attention") == "native"
     learning = weights._replace(fc1_bias=weights.fc1_bias.requires_grad_())
     out = window_stage(x, learning, **sizes, backend="native")
     (found,) = torch.autograd.grad(out.map.square().sum(), learning.fc1_bias)
     exact = reference.window_stage(x, learning, **sizes, eps=1e-5)
     torch.testing.assert_close(found, torch.autograd.grad(exact.map.square().sum(), learning.fc1_bias)[0])
-    assert len(passes) == 1 and ops.last_backend("window_refinement") == "native"
+    assert len(passes) == 1 and ops.last_backend("window_attention") == "native"
     with torch.no_grad():
         window_stage(x, learning, **sizes)
     assert len(passes) == 2
@@ -227,7 +227,7 @@ def test_the_reference_is_layers_around_the_reference():
     x, weights, sizes = inputs((1, 5, 4, 6, 2, 2, 8))
     with ops.use_backend("reference"):
         found = window_stage(x, weights, **sizes)
-    assert ops.last_backend("window_refinement") == "reference"
+    assert ops.last_backend("window_attention") == "reference"
     for value, wanted in zip(found, exactly(x, weights, **sizes), strict=True):
         torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=1e-5)
 
@@ -282,7 +282,7 @@ def test_compiles_whole(passes):
 
 def test_refusals_name_the_argument():
     x, weights, sizes = inputs((1, 5, 4, 6, 2, 2, 8))
-    with pytest.raises(ValueError, match=r"window_refinement: x must have shape \(B, H, W, C\)"):
+    with pytest.raises(ValueError, match=r"window_stage: x must have shape \(B, H, W, C\)"):
         window_stage(x[0], weights, **sizes)
     with pytest.raises(ValueError, match=r"x must have a multiple of heads \(4\) channels, got 6"):
         window_stage(x, weights, heads=4, window=2)

@@ -1,4 +1,4 @@
-"""`window_attention` by the native module: the operators `lpmflow::window_refinement_native` and its backward.
+"""`window_attention` by the native module: the operators `lpmflow::window_attention_native` and its backward.
 
 The arithmetic and its contract are in csrc/window_refinement. The backward computes the probabilities anew, so nothing
 but the inputs is kept for it.
@@ -14,7 +14,7 @@ from torch import Tensor
 from lpmflow_kernels.native import DTYPES, check, dense_rows, loaded, why_not_on_cpu
 from lpmflow_kernels.native._register import Operator, register
 
-OP = "window_refinement"
+OP = "window_attention"
 
 
 def why_not(qkv: Tensor) -> str | None:
@@ -25,7 +25,7 @@ def why_not(qkv: Tensor) -> str | None:
 def window_attention(qkv: Tensor, bias_table: Tensor, *, heads: int, window: int, shift: int) -> Tensor:
     """(B, H, W, C) of checked arguments; see `lpmflow.ops.window_attention`."""
     exact = torch.promote_types(qkv.dtype, torch.float32)
-    return torch.ops.lpmflow.window_refinement_native(qkv, bias_table.to(exact), heads, window, shift)
+    return torch.ops.lpmflow.window_attention_native(qkv, bias_table.to(exact), heads, window, shift)
 
 
 def _forward(qkv: Tensor, bias_table: Tensor, heads: int, window: int, shift: int) -> Tensor:
@@ -83,7 +83,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    grads = torch.ops.lpmflow.window_refinement_native_backward(grad, *ctx.saved_tensors, *ctx.sizes)
+    grads = torch.ops.lpmflow.window_attention_native_backward(grad, *ctx.saved_tensors, *ctx.sizes)
     return (*grads, None, None, None)
 
 

@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 BACKENDS = ("reference", "native", "triton")
-OPS = ("correlation", "cross_scale_fusion", "window_refinement", "region_attention")
+OPS = ("correlation", "cross_scale_fusion", "window_attention", "region_attention")
 
 # Backend -> the ops it has.
 KERNELS = {"native": OPS, "triton": ("correlation", "cross_scale_fusion")}
@@ -26,11 +26,12 @@ KERNELS = {"native": OPS, "triton": ("correlation", "cross_scale_fusion")}
 FASTEST: dict[tuple[str, str], tuple[str, ...]] = {
     ("correlation", "cpu"): ("native",),
     ("cross_scale_fusion", "cpu"): ("native",),
-    ("window_refinement", "cpu"): ("native",),
+    ("window_attention", "cpu"): ("native",),
     ("region_attention", "cpu"): ("native",),
 }
 
 _MODULES = {"native": "lpmflow_kernels.native", "triton": "lpmflow_kernels"}
+_PAGES = {"window_attention": "window_refinement"}  # where the file is named after the stage of the paper
 _named: ContextVar[dict[str, str | None] | None] = ContextVar("lpmflow_backend", default=None)
 _last: dict[str, str] = dict.fromkeys(OPS, "")
 
@@ -61,7 +62,7 @@ def why_not(op: str, backend: str) -> str | None:
         reason = importlib.import_module("lpmflow_kernels._launch").why_no_device()
     if reason is not None:
         return reason
-    importlib.import_module(f"{_MODULES[backend]}.{op}")  # registers its operators
+    importlib.import_module(f"{_MODULES[backend]}.{_PAGES.get(op, op)}")  # registers its operators
     return None
 
 

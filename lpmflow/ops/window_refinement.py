@@ -10,7 +10,7 @@ from lpmflow.ops._autodiff import NO_TANGENT, has_tangent
 from lpmflow.ops._backends import choose
 from lpmflow.ops._checks import check_count, check_shape, check_tensor
 
-OP = "window_refinement"
+OP = "window_attention"
 
 
 def window_attention(

@@ -11,8 +11,11 @@ from lpmflow import reference
 from lpmflow.ops._autodiff import has_tangent, needs_gradient
 from lpmflow.ops._backends import choose
 from lpmflow.ops._checks import check_count, check_shape, check_tensor
-from lpmflow.ops.window_refinement import OP, why_not_attention, window_attention
+from lpmflow.ops.window_refinement import OP as ATTENTION
+from lpmflow.ops.window_refinement import why_not_attention, window_attention
 from lpmflow.reference import PooledMap, StageWeights
+
+OP = "window_stage"
 
 
 def window_stage(
@@ -29,7 +32,7 @@ def window_stage(
         heads: divides C.
         window: side of a window in cells; a map that is not a multiple has smaller windows at its edges.
         eps: of the three normalisations.
-        backend: "reference", "native", "triton" or None to choose, as for `window_attention`, whose op this is.
+        backend: "reference", "native", "triton" or None to choose, as for `window_attention`, as which it is chosen.
 
     Returns:
         `PooledMap`: the map (B, H, W, C), its mean and its highest (B, C).
@@ -49,7 +52,7 @@ def window_stage(
     if x.shape[-1] % heads:
         raise ValueError(f"{OP}: x must have a multiple of heads ({heads}) channels, got {x.shape[-1]}")
     _check_weights(weights, x, heads, window)
-    chosen = choose(OP, backend, x.device.type, lambda name: why_not_attention(name, x, weights.bias_table))
+    chosen = choose(ATTENTION, backend, x.device.type, lambda name: why_not_attention(name, x, weights.bias_table))
     if chosen == "native" and _in_one_pass(x, weights):
         from lpmflow_kernels.native import window_stage as native
 
