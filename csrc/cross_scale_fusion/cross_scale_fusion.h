@@ -10,7 +10,7 @@
 // float64), and contiguous. No buffer is larger than one row of u.
 //
 // A part of the output lines can be computed from a part of the coarse lines, of which it must have all that belong to
-// these output lines (and, where the source side is not interpolated, no others).
+// these output lines (and, where the source side is not interpolated, no others); kOtherLines is returned where not.
 #pragma once
 
 #include <cstdint>

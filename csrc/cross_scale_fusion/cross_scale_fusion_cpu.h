@@ -273,6 +273,7 @@ class FusionBackward {
 
 template <class In, class T>
 int fuse(const CrossScaleFusion& op) {
+  if (!lines_fit<T>(op)) return kOtherLines;
   int status = kDone;
 #pragma omp parallel num_threads(op.threads)
   {
@@ -295,6 +296,7 @@ int fuse(const CrossScaleFusion& op) {
 template <class In, class T>
 int fuse_backward(const CrossScaleFusionBackward& back) {
   const CrossScaleFusion& op = back.op;
+  if (!lines_fit<T>(op)) return kOtherLines;
   int64_t tasks = 0;
   for (int64_t s = 0; s < op.scales; ++s) tasks += op.batch * op.scale[s].lines;
   const int64_t lanes = Simd<T>::kLanes, width = (op.w + lanes - 1) / lanes * lanes, each = width + op.h;

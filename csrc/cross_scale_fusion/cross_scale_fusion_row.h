@@ -25,6 +25,22 @@ struct Axis {
   T weight(int64_t i) const { return step * T(i) - T(low(i)); }  // of high(i)
 };
 
+// Whether each scale has the coarse lines that the output lines lie between and, where it is not interpolated, no others.
+template <class T>
+bool lines_fit(const CrossScaleFusion& op) {
+  for (int64_t s = 0; s < op.scales; ++s) {
+    const FusionScale& scale = op.scale[s];
+    if (scale.hs == op.h && scale.ws == op.w) {
+      if (scale.first_line != op.first_row || scale.lines != op.rows) return false;
+      continue;
+    }
+    const Axis<T> lines(scale.hs, op.h);
+    if (lines.low(op.first_row) < scale.first_line) return false;
+    if (lines.high(op.first_row + op.rows - 1) >= scale.first_line + scale.lines) return false;
+  }
+  return true;
+}
+
 template <class In, class T>
 class FusionRow {
  public:

@@ -101,5 +101,7 @@ def check(op: str, status: int) -> None:
     """Raise what a native function's status means."""
     if status == 1:
         raise MemoryError(f"{op}: out of memory in the native backend")
+    if status == 3:
+        raise ValueError(f"{op}: corrs must have those lines that the output rows lie between")
     if status:
         raise RuntimeError(f"{op}: the native backend failed: {_STATUS.get(status, f'status {status}')}")

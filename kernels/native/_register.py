@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
+from lpmflow_kernels.native._checks import check_memory
+
 
 class Operator(NamedTuple):
-    """One operator: its schema, what runs by device type ("CPU", "CUDA"), what gives the outputs' shapes."""
+    """One operator: its schema, what runs by device type ("CPU", "CUDA"), what gives the outputs' shapes.
+
+    `fake` also refuses shapes, types and devices that do not fit, and what runs calls it for its outputs.
+    """
 
     schema: str
     runs: dict[str, Callable[..., Any]]
@@ -40,10 +46,22 @@ def register_forward(op: str, forward: Operator) -> None:
 def _define(op: str, name: str, operator: Operator) -> None:
     torch.library.define(name, operator.schema, tags=torch.Tag.pt2_compliant_tag)
     for device, run in operator.runs.items():
-        torch.library.impl(name, device)(run)
+        torch.library.impl(name, device)(_with_memory(op, run))
     torch.library.register_fake(name)(operator.fake)
     if hasattr(torch.library, "register_vmap"):  # PyTorch 2.5; before, vmap has a refusal of its own
         torch.library.register_vmap(name)(functools.partial(_refuse_vmap, op))
+
+
+def _with_memory(op: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run`, for tensors that have memory."""
+    names = tuple(inspect.signature(run).parameters)
+
+    @functools.wraps(run)
+    def checked(*arguments: Any) -> Any:
+        check_memory(op, names, arguments)
+        return run(*arguments)
+
+    return checked
 
 
 def _refuse_gradient(op: str, ctx: Any, *grads: Any) -> tuple[Any, ...]:

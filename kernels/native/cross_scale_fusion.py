@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lpmflow_kernels.native import DTYPES, check, dense_rows, loaded, why_not_on_cpu
+from lpmflow_kernels.native._checks import check_first, check_range, check_tensor, exact_type
 from lpmflow_kernels.native._register import Operator, register
 
 OP = "cross_scale_fusion"
@@ -58,7 +59,8 @@ def _forward(
 def _outputs(
     corrs: list[Tensor], grids: list[int], out: list[int], temperature: float, x: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    exact = torch.promote_types(corrs[0].dtype, torch.float32)
+    _check(corrs, grids, out, x, y)
+    exact = exact_type(corrs[0].dtype)
     cells = (corrs[0].shape[0], len(corrs), out[4], out[1])
     mapping = corrs[0].new_empty((*cells[:2], 2, *cells[2:]), dtype=exact)
     return mapping, corrs[0].new_empty(cells, dtype=exact), corrs[0].new_empty(cells, dtype=exact)
@@ -76,6 +78,7 @@ def _backward(
     confidence: Tensor,
     largest: Tensor,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
+    _check_backward(grad_mapping, corrs, grids, out, x, y, mapping, confidence, largest)
     exact = mapping.dtype
     if mapping.numel() == 0:
         return [corr.new_zeros(corr.shape) for corr in corrs], x.new_zeros(x.shape), y.new_zeros(y.shape)
@@ -116,7 +119,53 @@ def _grads(
     confidence: Tensor,
     largest: Tensor,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
+    _check_backward(grad_mapping, corrs, grids, out, x, y, mapping, confidence, largest)
     return [corr.new_empty(corr.shape) for corr in corrs], x.new_empty(x.shape), y.new_empty(y.shape)
+
+
+def _check(corrs: list[Tensor], grids: list[int], out: list[int], x: Tensor, y: Tensor) -> None:
+    """All but one thing: that the lines of a part are those its rows lie between, which the kernel looks up itself."""
+    if not corrs or len(grids) != 4 * len(corrs) or len(out) != 5:
+        raise ValueError(
+            f"{OP}: corrs, grids and out must be S >= 1 tensors, 4 S sides and 5 numbers, "
+            f"got {len(corrs)}, {len(grids)} and {len(out)}"
+        )
+    h, w, first_line, first_row, rows = out
+    for side in (*grids, h, w):
+        check_range(OP, "a side of a grid", side, 1)
+    check_range(OP, "the first line", first_line, 0)
+    check_range(OP, "the first row", first_row, 0, h)
+    check_range(OP, "the number of rows", rows, 0, h - first_row)
+    check_first(OP, "corrs[0]", corrs[0], "B, hs ws, ht wt")
+    for s, corr in enumerate(corrs):
+        name, (hs, ws, ht, wt) = f"corrs[{s}]", grids[4 * s : 4 * s + 4]
+        check_tensor(OP, name, corr, (corrs[0].shape[0], None, ht * wt), corrs[0], corrs[0].dtype)
+        if corr.shape[1] % ws:
+            raise ValueError(f"{OP}: {name} must have whole lines of {ws} source cells, got {corr.shape[1]} cells")
+        lines = corr.shape[1] // ws
+        check_range(OP, f"the number of lines of {name}", lines, 1, hs if lines == hs else hs - first_line)
+    for name, table, side in (("x", x, w), ("y", y, h)):
+        check_tensor(OP, name, table, (side,), corrs[0])
+
+
+def _check_backward(
+    grad_mapping: Tensor,
+    corrs: list[Tensor],
+    grids: list[int],
+    out: list[int],
+    x: Tensor,
+    y: Tensor,
+    mapping: Tensor,
+    confidence: Tensor,
+    largest: Tensor,
+) -> None:
+    _check(corrs, grids, out, x, y)
+    exact = exact_type(corrs[0].dtype)
+    scales, cells = (corrs[0].shape[0], len(corrs)), (out[4], out[1])
+    for name, value in (("grad_mapping", grad_mapping), ("mapping", mapping)):
+        check_tensor(OP, name, value, (*scales, 2, *cells), corrs[0], exact)
+    for name, value in (("confidence", confidence), ("largest", largest)):
+        check_tensor(OP, name, value, (*scales, *cells), corrs[0], exact)
 
 
 def _arguments(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lpmflow_kernels.native import DTYPES, check, dense_rows, loaded, why_not_on_cpu
+from lpmflow_kernels.native._checks import check_first, check_range, check_tensor, exact_type
 from lpmflow_kernels.native._register import Operator, register
 
 OP = "region_attention"
@@ -48,6 +49,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor, grids: list[in
 
 def _output(q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor, grids: list[int], prefix: int) -> Tensor:
     """(B, H, N, D) with the heads inside the tokens, so that joining them copies nothing."""
+    _check(q, k, v, bias_table, grids, prefix)
     batch, heads, tokens, width = q.shape
     return q.new_empty((batch, tokens, heads, width)).transpose(1, 2)
 
@@ -55,9 +57,9 @@ def _output(q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor, grids: list[int
 def _backward(
     grad_attended: Tensor, q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor, grids: list[int], prefix: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grads = _grads(grad_attended, q, k, v, bias_table, grids, prefix)
     if q.numel() == 0:
-        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape), bias_table.new_zeros(bias_table.shape)
-    grad_q, grad_k, grad_v, _ = _grads(grad_attended, q, k, v, bias_table, grids, prefix)
+        return *grads[:3], grads[3].zero_()
     # Held here until the call is over: what is not dense is copied.
     grad, q, k, v = (dense_rows(x) for x in (grad_attended, q, k, v))
     table = _exact(bias_table, q)
@@ -69,21 +71,39 @@ def _backward(
         *_rows(v),
         table.data_ptr(),
         *_rows(grad),
-        *(x.data_ptr() for x in (grad_q, grad_k, grad_v, grad_table)),
+        *(x.data_ptr() for x in (*grads[:3], grad_table)),
     )
     check(OP, status)
-    return grad_q, grad_k, grad_v, grad_table.to(bias_table.dtype)
+    return *grads[:3], grad_table.to(bias_table.dtype)
 
 
 def _grads(
     grad_attended: Tensor, q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor, grids: list[int], prefix: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(q, k, v, bias_table, grids, prefix)
+    check_tensor(OP, "grad_attended", grad_attended, tuple(q.shape), q, q.dtype)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), bias_table.new_empty(bias_table.shape)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor, grids: list[int], prefix: int) -> None:
+    check_first(OP, "q", q, "B, H, N, D")
+    if len(grids) != 4:
+        raise ValueError(f"{OP}: grids must be the heights and widths of source and target, got {list(grids)}")
+    for side in grids:
+        check_range(OP, "a side of a grid", side, 1)
+    check_range(OP, "prefix", prefix, 0)
+    height, width, target_height, target_width = grids
+    tokens = 2 * prefix + height * width + target_height * target_width
+    check_tensor(OP, "q", q, (*q.shape[:2], tokens, q.shape[3]), q)
+    for name, x in (("k", k), ("v", v)):
+        check_tensor(OP, name, x, tuple(q.shape), q, q.dtype)
+    columns = (2 * max(height, target_height) - 1) * (2 * max(width, target_width) - 1) * 4
+    check_tensor(OP, "bias_table", bias_table, (q.shape[1], columns), q)
 
 
 def _exact(bias_table: Tensor, q: Tensor) -> Tensor:
     """The table in the type sums are formed in, dense."""
-    return bias_table.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
+    return bias_table.to(exact_type(q.dtype)).contiguous()
 
 
 def _shape(q: Tensor, grids: list[int], prefix: int) -> tuple[Any, ...]:

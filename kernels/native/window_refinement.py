@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lpmflow_kernels.native import DTYPES, check, dense_rows, loaded, why_not_on_cpu
+from lpmflow_kernels.native._checks import check_first, check_range, check_tensor, exact_type
 from lpmflow_kernels.native._register import Operator, register
 
 OP = "window_attention"
@@ -24,8 +25,8 @@ def why_not(qkv: Tensor) -> str | None:
 
 def window_attention(qkv: Tensor, bias_table: Tensor, *, heads: int, window: int, shift: int) -> Tensor:
     """(B, H, W, C) of checked arguments; see `lpmflow.ops.window_attention`."""
-    exact = torch.promote_types(qkv.dtype, torch.float32)
-    return torch.ops.lpmflow.window_attention_native(qkv, bias_table.to(exact), heads, window, shift)
+    table = bias_table.to(exact_type(qkv.dtype))
+    return torch.ops.lpmflow.window_attention_native(qkv, table, heads, window, shift)
 
 
 def _forward(qkv: Tensor, bias_table: Tensor, heads: int, window: int, shift: int) -> Tensor:
@@ -41,6 +42,7 @@ def _forward(qkv: Tensor, bias_table: Tensor, heads: int, window: int, shift: in
 
 
 def _output(qkv: Tensor, bias_table: Tensor, heads: int, window: int, shift: int) -> Tensor:
+    _check(qkv, bias_table, heads, window, shift)
     return qkv.new_empty((*qkv.shape[:3], qkv.shape[3] // 3))
 
 
@@ -64,7 +66,19 @@ def _backward(
 
 
 def _grads(grad: Tensor, qkv: Tensor, bias_table: Tensor, heads: int, window: int, shift: int) -> tuple[Tensor, Tensor]:
+    _check(qkv, bias_table, heads, window, shift)
+    check_tensor(OP, "grad", grad, (*qkv.shape[:3], qkv.shape[3] // 3), qkv, qkv.dtype)
     return qkv.new_empty(qkv.shape), bias_table.new_empty(bias_table.shape)
+
+
+def _check(qkv: Tensor, bias_table: Tensor, heads: int, window: int, shift: int) -> None:
+    check_first(OP, "qkv", qkv, "B, H, W, 3C")
+    check_range(OP, "heads", heads, 1)
+    check_range(OP, "window", window, 1)
+    check_range(OP, "shift", shift, 0, window - 1)
+    if qkv.shape[3] % (3 * heads):
+        raise ValueError(f"{OP}: qkv must have 3 x heads x width channels (heads {heads}), got {qkv.shape[3]}")
+    check_tensor(OP, "bias_table", bias_table, ((2 * window - 1) ** 2, heads), qkv, exact_type(qkv.dtype))
 
 
 def _shape(qkv: Tensor, heads: int, window: int, shift: int) -> tuple[Any, ...]:
