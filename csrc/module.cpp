@@ -2,6 +2,7 @@
 // nothing here knows PyTorch. Functions return 0, or a status the caller turns into an exception.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -9,6 +10,7 @@
 #include "cpu/kernels.h"
 #if defined(LPMFLOW_CUDA_ARCHS)
 #include "correlation/correlation_cuda.h"
+#include "cross_scale_fusion/cross_scale_fusion_cuda.h"
 #else
 #define LPMFLOW_CUDA_ARCHS ""
 #define LPMFLOW_NO_CUDA 1
@@ -64,17 +66,19 @@ int correlation_backward(const py::tuple& sizes, int64_t prefix, double scale, i
   return kernels().correlation_backward(op);
 }
 
-// scales: a list of (corr, batch stride, row stride, hs, ws, ht, wt, first line, lines, grad); sizes: batch, h, w, first
-// row, rows. The result points into `kept`.
+// (corr, batch stride, row stride, hs, ws, ht, wt, first line, lines, grad)
+FusionScale fusion_scale(const py::handle& item) {
+  const py::tuple s = py::cast<py::tuple>(item);
+  return {reinterpret_cast<const void*>(s[0].cast<Address>()), s[1].cast<int64_t>(), s[2].cast<int64_t>(),
+          s[3].cast<int64_t>(), s[4].cast<int64_t>(), s[5].cast<int64_t>(), s[6].cast<int64_t>(),
+          s[7].cast<int64_t>(), s[8].cast<int64_t>(), reinterpret_cast<void*>(s[9].cast<Address>())};
+}
+
+// sizes: batch, h, w, first row, rows. The result points into `kept`.
 CrossScaleFusion fusion(std::vector<FusionScale>& kept, const py::list& scales, const py::tuple& sizes,
                         double temperature, int dtype, int threads, Address x, Address y, Address mapping,
                         Address confidence, Address largest) {
-  for (const py::handle& item : scales) {
-    const py::tuple s = py::cast<py::tuple>(item);
-    kept.push_back({reinterpret_cast<const void*>(s[0].cast<Address>()), s[1].cast<int64_t>(), s[2].cast<int64_t>(),
-                    s[3].cast<int64_t>(), s[4].cast<int64_t>(), s[5].cast<int64_t>(), s[6].cast<int64_t>(),
-                    s[7].cast<int64_t>(), s[8].cast<int64_t>(), reinterpret_cast<void*>(s[9].cast<Address>())});
-  }
+  for (const py::handle& item : scales) kept.push_back(fusion_scale(item));
   return {kept.data(),
           int64_t(kept.size()),
           sizes[0].cast<int64_t>(),
@@ -238,6 +242,34 @@ int correlation_forward_on_cuda(const py::tuple& sizes, int64_t prefix, double s
   args.dtype = s.dtype;
   return correlation_forward_cuda(args, device, reinterpret_cast<void*>(stream));
 }
+
+int cross_scale_fusion_forward_on_cuda(const py::list& scales, const py::tuple& sizes, double temperature, int dtype,
+                                       int device, Address stream, Address x, Address y, Address mapping,
+                                       Address confidence, Address largest) {
+  // Not 0, so that -inf stays -inf, and not infinite, so that 0 stays 0.
+  const double exponent = std::min(std::max(1.4426950408889634 / temperature, 1e-30), 1e30);
+  FusionCudaArgs args{};
+  args.scales = static_cast<int64_t>(scales.size());
+  args.batch = sizes[0].cast<int64_t>();
+  args.h = sizes[1].cast<int64_t>();
+  args.w = sizes[2].cast<int64_t>();
+  args.first_row = sizes[3].cast<int64_t>();
+  args.rows = sizes[4].cast<int64_t>();
+  args.exponent = static_cast<float>(exponent);
+  args.dtype = static_cast<Dtype>(dtype);
+  args.x = reinterpret_cast<const float*>(x);
+  args.y = reinterpret_cast<const float*>(y);
+  args.mapping = reinterpret_cast<float*>(mapping);
+  args.confidence = reinterpret_cast<float*>(confidence);
+  args.largest = reinterpret_cast<float*>(largest);
+  for (args.first_scale = 0; args.first_scale < args.scales; args.first_scale += kMostScales) {
+    args.count = std::min<int64_t>(args.scales - args.first_scale, kMostScales);
+    for (int64_t s = 0; s < args.count; ++s) args.scale[s] = fusion_scale(scales[args.first_scale + s]);
+    const int status = cross_scale_fusion_forward_cuda(args, device, reinterpret_cast<void*>(stream));
+    if (status != 0) return status;
+  }
+  return 0;
+}
 #endif
 
 py::list instruction_sets() {
@@ -284,5 +316,6 @@ PYBIND11_MODULE(_native, m) {
   m.def("window_stage", &window_stage);
 #if !defined(LPMFLOW_NO_CUDA)
   m.def("correlation_forward_cuda", &correlation_forward_on_cuda);
+  m.def("cross_scale_fusion_forward_cuda", &cross_scale_fusion_forward_on_cuda);
 #endif
 }

@@ -1,33 +1,22 @@
-"""The CUDA correlation on a machine without a GPU: its own source on an emulated device, and compiled by nvcc.
-
-`csrc/tests/emulated_device.h` runs the threads of a block as fibers and knows what the tensor-core instructions do, so
-tiles, index maps, masks, barriers and the online softmax are those of the kernels. What it cannot show is the speed
-and the last bits of real hardware.
-"""
+"""The CUDA correlation on a machine without a GPU: its own source on an emulated device, and compiled by nvcc."""
 
 from __future__ import annotations
 
 import ctypes
 import itertools
-import os
-import re
-import shlex
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from emulated import NAN, Output, amid_nan, assert_nothing_spills, emulated
 from torch import Tensor
 
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 HALVES = [torch.float16, torch.bfloat16]
 SINGLE_AND_HALVES = [torch.float32, *HALVES]
-NAN, INF = float("nan"), float("inf")
+INF = float("inf")
 
 Strides = ctypes.c_int64 * 3
 
@@ -51,22 +40,7 @@ Forward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 @pytest.fixture(scope="module")
 def forward(tmp_path_factory: pytest.TempPathFactory) -> Forward:
     """(attended, corr, lse) of q, k, v by the emulated kernels."""
-    if not sys.platform.startswith("linux"):
-        pytest.skip("the emulated device uses the fibers of Linux")
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++")), None)
-    if compiler is None:
-        pytest.skip("no C++ compiler was found (g++ or clang++, or the one CXX names)")
-    probe = [*shlex.split(compiler), "-x", "c++", "-fsyntax-only", "-"]
-    if subprocess.run(probe, input=b"_Float16 x;", capture_output=True).returncode != 0:
-        pytest.skip("the C++ compiler has no 16-bit floating-point type")
-    library = tmp_path_factory.mktemp("emulated") / "correlation.so"
-    source = CSRC / "tests" / "correlation_emulated.cpp"
-    options = ["-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-Wno-unknown-pragmas"]
-    options += ["-U_FORTIFY_SOURCE", str(source), "-o", str(library)]  # which takes a change of fiber for an attack
-    done = subprocess.run([*shlex.split(compiler), *options], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    emulated = ctypes.CDLL(str(library))
-    emulated.emulated_problem.restype = ctypes.c_char_p
+    launch = emulated("correlation", tmp_path_factory.mktemp("emulated"))
 
     def run(q: Tensor, k: Tensor, v: Tensor, *, scale: float, prefix: int = 1, seed: int = 0) -> Any:
         batch, heads, n, width = q.shape
@@ -78,34 +52,10 @@ def forward(tmp_path_factory: pytest.TempPathFactory) -> Forward:
         outputs = [x.tensor.data_ptr() for x in (attended, corr, lse)]
         sizes = (batch, heads, n, m, width, prefix)
         args = Args(*pointers, *strides, *outputs, *sizes, scale, DTYPES[q.dtype])
-        status = emulated.correlation_forward_emulated(ctypes.byref(args), ctypes.c_uint64(seed))
-        if status != 0:
-            raise RuntimeError(f"status {status}: {emulated.emulated_problem().decode()}")
+        launch(args, seed)
         return tuple(x.checked() for x in (attended, corr, lse))
 
     return run
-
-
-class Output:
-    """A tensor full of NaN between guards that nobody may touch."""
-
-    GUARD, MARK = 256, -7.0
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
-        count = torch.Size(shape).numel()
-        self.all = torch.full((count + 2 * self.GUARD,), self.MARK, dtype=dtype or torch.float32)
-        self.tensor = self.all[self.GUARD : self.GUARD + count].view(shape).fill_(NAN)
-
-    def checked(self) -> Tensor:
-        for guard in (self.all[: self.GUARD], self.all[-self.GUARD :]):
-            assert (guard == self.MARK).all(), "written outside the output"
-        return self.tensor
-
-
-def amid_nan(x: Tensor, *, offset: int = 8) -> Tensor:
-    """x, dense, in memory that is NaN around it, so that what is read outside of it shows."""
-    memory = torch.full((x.numel() + offset + 512,), NAN, dtype=x.dtype)
-    return memory[offset : offset + x.numel()].view(x.shape).copy_(x)
 
 
 def inputs(
@@ -271,21 +221,5 @@ def test_what_it_does_not_take(forward: Forward, dtype: torch.dtype, width: int,
 
 @pytest.mark.parametrize("arch", ["80", "90a"])
 def test_nvcc_compiles_it_and_nothing_spills(tmp_path: Path, arch: str) -> None:
-    home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None) or shutil.which("/usr/local/cuda/bin/nvcc")
-    if nvcc is None:
-        pytest.skip("no nvcc was found (on the PATH, or in CUDA_HOME)")
-    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-    if f"compute_{arch.rstrip('a')}" not in known:
-        pytest.skip(f"this nvcc does not know sm_{arch}")
-    options = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-lineinfo", "-Xptxas", "-v", "-cubin"]
-    options += [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-o", str(tmp_path / "correlation.cubin")]
-    source = str(CSRC / "correlation" / "correlation.cu")
-    done = subprocess.run([nvcc, *options, source], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    report = done.stdout + done.stderr
-    kernels = re.findall(r"Compiling entry function '(\w+)'", report)
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
     # float32, float16 and bfloat16: five widths of the attending kernel and one summing kernel each.
-    assert len(kernels) == 3 * 6 and len(spills) >= len(kernels)
-    assert set(spills) == {("0", "0")}, report
+    assert_nothing_spills("correlation", arch, 3 * 6, tmp_path)

@@ -110,6 +110,15 @@ __device__ __forceinline__ uint32_t pack<BFloat16>(float low, float high) {
   return packed;
 }
 
+// As float32, exactly.
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ float widen(Float16 x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+}
+__device__ __forceinline__ float widen(BFloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
+
 // 2^x to a relative 2^-22; results below the normal numbers are 0.
 __device__ __forceinline__ float exp2_approximate(float x) {
   float y;

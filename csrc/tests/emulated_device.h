@@ -364,6 +364,9 @@ template <class T>
 uint32_t pack(float low, float high) {
   return emulated::round_to(T{}, low) | static_cast<uint32_t>(emulated::round_to(T{}, high)) << 16;
 }
+inline float widen(float x) { return x; }
+inline float widen(Float16 x) { return emulated::to_float(x); }
+inline float widen(BFloat16 x) { return emulated::to_float(x); }
 inline float exp2_approximate(float x) {
   const float y = std::exp2(x);
   return y < 1.17549435e-38f ? 0.0f : y;  // NaN passes
@@ -384,6 +387,9 @@ cudaError_t launch(int64_t blocks, int threads, int shared_bytes, int, cudaStrea
 
 inline void __syncthreads() {
   lpmflow::emulated::machine().meet(false, "__syncthreads", nullptr, [](const std::vector<void*>&) {});
+}
+inline void __syncwarp() {
+  lpmflow::emulated::machine().meet(true, "__syncwarp", nullptr, [](const std::vector<void*>&) {});
 }
 inline float __shfl_sync(unsigned, float value, int source) {
   return lpmflow::emulated::shuffle("__shfl_sync", value, [source](int) { return source; });

@@ -86,13 +86,36 @@ def why_not_on_cpu(name: str, x: Tensor) -> str | None:
     return why_not_dtype(x.dtype)
 
 
+def why_not_on_device(name: str, x: Tensor) -> str | None:
+    """None when the kernels of an operation that has CPU and CUDA ones can compute with `x`, else the reason."""
+    if x.device.type != "cuda":
+        if module is not None and x.device.type != "cpu":
+            return f"it runs on the CPU and on CUDA devices, and {name} is on {x.device.type}"
+        return why_not_on_cpu(name, x)
+    if cuda_reason is not None:
+        return cuda_reason
+    if x.dtype == torch.float64:
+        return f"it takes float32, float16 and bfloat16 on CUDA devices, and {name} is float64"
+    major, minor = torch.cuda.get_device_capability(x.device.index)
+    if major < 8:
+        return f"it takes GPUs of compute capability 8.0 and later, and {name} is on one of {major}.{minor}"
+    return None
+
+
+def place_of(x: Tensor) -> tuple[int | None, int]:
+    """Where a launch for `x` goes: the number of its device, and the handle of the current stream there."""
+    return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
+
+
 def dense_rows(x: Tensor) -> Tensor:
     """`x` with a dense last dimension: itself where that is so, else a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def check_cuda(op: str, status: int) -> None:
-    """Raise when a launch returned a CUDA error."""
+    """Raise when a launch returned a CUDA error, or the negative of a status of ours."""
+    if status < 0:
+        check(op, -status)
     if status:
         raise RuntimeError(f"{op}: the native backend's launch failed with CUDA error {status}")
 

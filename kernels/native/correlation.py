@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpmflow_kernels import native
-from lpmflow_kernels.native import DTYPES, check, check_cuda, dense_rows, loaded
+from lpmflow_kernels.native import DTYPES, check, check_cuda, dense_rows, loaded, place_of, why_not_on_device
 from lpmflow_kernels.native._checks import check_first, check_range, check_tensor, exact_type
 from lpmflow_kernels.native._register import Operator, register
 
@@ -21,19 +20,12 @@ OP = "correlation"
 MAX_WIDTH = 256
 
 
-def why_not(device_type: str, dtype: torch.dtype, width: int) -> str | None:
-    """None when tensors like these can be computed here, else the reason in one sentence."""
-    if native.reason is not None:
-        return native.reason
-    if device_type not in ("cpu", "cuda"):
-        return f"it runs on the CPU and on CUDA devices, and q is on {device_type}"
-    if device_type == "cuda" and native.cuda_reason is not None:
-        return native.cuda_reason
-    if device_type == "cuda" and dtype == torch.float64:
-        return "it takes float32, float16 and bfloat16 on CUDA devices, and q is float64"
-    if width > MAX_WIDTH:
-        return f"it takes head widths D up to {MAX_WIDTH}, got {width}"
-    return native.why_not_dtype(dtype)
+def why_not(q: Tensor) -> str | None:
+    """None when tensors like `q` can be computed here, else the reason in one sentence."""
+    reason = why_not_on_device("q", q)
+    if reason is None and q.shape[-1] > MAX_WIDTH:
+        reason = f"it takes head widths D up to {MAX_WIDTH}, got {q.shape[-1]}"
+    return reason
 
 
 def correlation(q: Tensor, k: Tensor, v: Tensor, *, scale: float, prefix: int) -> tuple[Tensor, Tensor]:
@@ -62,8 +54,7 @@ def _forward_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float, prefix: int) ->
     q, k, v = (dense_rows(x) for x in (q, k, v))
     status = loaded(OP).correlation_forward_cuda(
         *_shape(q, k, scale, prefix)[:-1],
-        q.device.index,
-        torch.cuda.current_stream(q.device).cuda_stream,
+        *place_of(q),
         *_rows(q),
         *_rows(k),
         *_rows(v),

@@ -2,7 +2,8 @@
 
 The arithmetic and its contract are in csrc/cross_scale_fusion. Beside its inputs the backward keeps three small results
 of the forward: the mapping, and for each cell the largest logit and its probability. The probability is also the
-confidence, which has no gradient.
+confidence, which has no gradient. On a CUDA device there is a forward only, and the Triton kernels, which keep the same
+three, do the backward.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpmflow_kernels.native import DTYPES, check, dense_rows, loaded, why_not_on_cpu
+from lpmflow_kernels.native import DTYPES, check, check_cuda, dense_rows, loaded, place_of, why_not_on_device
 from lpmflow_kernels.native._checks import check_first, check_range, check_tensor, exact_type
 from lpmflow_kernels.native._register import Operator, register
 
@@ -22,7 +23,7 @@ OP = "cross_scale_fusion"
 
 def why_not(corr: Tensor) -> str | None:
     """None when tensors like this one can be computed here, else the reason in one sentence."""
-    return why_not_on_cpu("corrs[0]", corr)
+    return why_not_on_device("corrs[0]", corr)
 
 
 def cross_scale_fusion(
@@ -53,6 +54,23 @@ def _forward(
     corrs = [dense_rows(corr) for corr in corrs]
     arguments = _arguments(corrs, [0] * len(corrs), grids, out, temperature, x, y, outputs)
     check(OP, loaded(OP).cross_scale_fusion_forward(*arguments))
+    return outputs
+
+
+def _forward_cuda(
+    corrs: list[Tensor], grids: list[int], out: list[int], temperature: float, x: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _outputs(corrs, grids, out, temperature, x, y)
+    if outputs[0].numel() == 0:
+        return outputs
+    # Copies live until the launch is enqueued; the allocator keeps their memory for this stream.
+    x, y = (table.to(torch.float32).contiguous() for table in (x, y))
+    corrs = [dense_rows(corr) for corr in corrs]
+    scales, sizes, _, dtype, _, *addresses = _arguments(corrs, [0] * len(corrs), grids, out, temperature, x, y, outputs)
+    status = loaded(OP).cross_scale_fusion_forward_cuda(
+        scales, sizes, temperature, dtype, *place_of(corrs[0]), *addresses
+    )
+    check_cuda(OP, status)
     return outputs
 
 
@@ -193,6 +211,7 @@ def _arguments(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     corrs, ctx.grids, ctx.out, ctx.temperature, x, y = inputs
+    ctx.tables = x.requires_grad or y.requires_grad
     ctx.save_for_backward(*corrs, x, y, *output)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -202,10 +221,13 @@ def _differentiate(ctx: Any, grad_mapping: Tensor | None, *_: None) -> tuple[Any
     *corrs, x, y, mapping, confidence, largest = ctx.saved_tensors
     if grad_mapping is None:
         return [None] * len(corrs), None, None, None, None, None
-    backward = torch.ops.lpmflow.cross_scale_fusion_native_backward
-    grads, grad_x, grad_y = backward(
-        grad_mapping, corrs, ctx.grids, ctx.out, ctx.temperature, x, y, mapping, confidence, largest
-    )
+    kept = (ctx.temperature, x, y, mapping, confidence, largest)
+    if grad_mapping.device.type == "cuda":
+        backward = torch.ops.lpmflow.cross_scale_fusion_triton_backward
+        grads, grad_x, grad_y = backward(grad_mapping, corrs, ctx.grids, ctx.out[:2], *kept, ctx.tables)
+    else:
+        backward = torch.ops.lpmflow.cross_scale_fusion_native_backward
+        grads, grad_x, grad_y = backward(grad_mapping, corrs, ctx.grids, ctx.out, *kept)
     return grads, None, None, None, grad_x, grad_y
 
 
@@ -213,7 +235,7 @@ def _differentiate(ctx: Any, grad_mapping: Tensor | None, *_: None) -> tuple[Any
 _ARGUMENTS = "Tensor[] corrs, SymInt[] grids, SymInt[] out, float temperature, Tensor x, Tensor y"
 register(
     OP,
-    Operator(f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", {"CPU": _forward}, _outputs),
+    Operator(f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", {"CPU": _forward, "CUDA": _forward_cuda}, _outputs),
     Operator(
         f"(Tensor grad_mapping, {_ARGUMENTS}, Tensor mapping, Tensor confidence, Tensor largest) "
         f"-> (Tensor[], Tensor, Tensor)",

@@ -66,6 +66,14 @@ def why_not(op: str, backend: str) -> str | None:
     return None
 
 
+def why_no_backward(op: str) -> str | None:
+    """None when Triton can do the backward of native's CUDA forward, which has none itself, else the reason."""
+    missing = why_not(op, "triton")
+    if missing is None:
+        return None
+    return f"it has no backward on CUDA devices and triton's, which would do it, is missing: {missing}"
+
+
 def choose(op: str, backend: str | None, device_type: str, fits: Callable[[str], str | None]) -> str:
     """The backend to call for tensors on `device_type`; `fits(backend)` says why they are none of its business.
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from lpmflow import reference
 from lpmflow.ops._autocast import without_autocast
 from lpmflow.ops._autodiff import NO_TANGENT, has_tangent, needs_gradient
-from lpmflow.ops._backends import choose, why_not
+from lpmflow.ops._backends import choose, why_no_backward
 from lpmflow.ops._checks import check_count, check_like, check_shape, check_tensor
 
 OP = "correlation"
@@ -69,11 +69,9 @@ def _why_not(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str | None:
     if backend == "native":
         from lpmflow_kernels.native import correlation as native
 
-        reason = native.why_not(q.device.type, q.dtype, q.shape[-1])
+        reason = native.why_not(q)
         if reason is None and q.device.type == "cuda" and needs_gradient(q, k, v):
-            reason = why_not(OP, "triton")
-            if reason is not None:
-                reason = f"it has no backward on CUDA devices and triton's, which would do it, is missing: {reason}"
+            reason = why_no_backward(OP)
     elif backend == "triton":
         from lpmflow_kernels import correlation as triton
 

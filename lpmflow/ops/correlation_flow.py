@@ -74,7 +74,8 @@ def correlation_flow(
         out_grid: (h, w) of the result; the one of the two grids with more cells when None.
         scale, prefix: as in `correlation`.
         temperature, x, y: as in `cross_scale_fusion`.
-        backend: for both parts; None chooses for each. "triton" computes in one piece whatever the size.
+        backend: for both parts; None chooses for each. "triton" computes in one piece whatever the size; "native" on
+            CUDA devices has gradients in one piece only.
 
     Raises TypeError or ValueError naming the argument, RuntimeError when the named backend cannot run.
     """

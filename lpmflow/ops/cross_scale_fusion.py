@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lpmflow import reference
 from lpmflow.ops._autocast import without_autocast
-from lpmflow.ops._autodiff import NO_TANGENT, has_tangent
-from lpmflow.ops._backends import choose
+from lpmflow.ops._autodiff import NO_TANGENT, has_tangent, needs_gradient
+from lpmflow.ops._backends import choose, why_no_backward
 from lpmflow.ops._checks import check_grid, check_like, check_shape, check_temperature, check_tensor
 
 OP = "cross_scale_fusion"
@@ -99,7 +99,8 @@ def fuse_part(
 ) -> tuple[Tensor, Tensor]:
     """mapping (B, 2, rows, w) and confidence (B, rows, w) of one tensor of checked sizes, or of a part of its lines.
 
-    `part` as in `lpmflow.reference.cross_scale_fusion`; the triton backend takes None only.
+    `part` as in `lpmflow.reference.cross_scale_fusion`; the triton backend takes None only,
+    and so does the native one on CUDA devices where a gradient is needed.
     """
     if part is not None and part[2] == 0:
         empty = corr.new_zeros((corr.shape[0], 0, out[1]))
@@ -144,6 +145,10 @@ def _why_not(backend: str, corr: Tensor, tensors: tuple[Tensor, ...], part: tupl
         from lpmflow_kernels.native import cross_scale_fusion as native
 
         reason = native.why_not(corr)
+        if reason is None and corr.device.type == "cuda" and needs_gradient(*tensors):
+            reason = why_no_backward(OP)
+            if reason is None and part is not None:
+                reason = "its backward on CUDA devices is triton's for all rows at once, and a block of them is wanted"
     elif backend == "triton":
         from lpmflow_kernels import cross_scale_fusion as triton
 

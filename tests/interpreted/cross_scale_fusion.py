@@ -229,6 +229,24 @@ def test_a_gradient_of_nan_stays_with_its_cell():
     assert grad[1, 11].isnan().all() and grad.isnan().sum() == 12
 
 
+def test_what_the_native_forward_keeps_serves_this_backward():
+    """On CUDA devices native's gradients are computed here, from its mapping, confidence and largest."""
+    if (missing := ops.backend_report()["cross_scale_fusion"]["native"]) is not None:
+        pytest.skip(missing)
+    corrs, x, y = inputs(FOUR)
+    grids = [side for pair in FOUR[1] for grid in pair for side in grid]
+    h, w = FOUR[2]
+    kept = torch.ops.lpmflow.cross_scale_fusion_native(corrs, grids, [h, w, 0, 0, h], 0.1, x, y)
+    given = torch.randn(kept[0].shape, generator=torch.Generator().manual_seed(1))
+    backward = torch.ops.lpmflow.cross_scale_fusion_triton_backward
+    found, grad_x, grad_y = backward(given, corrs, grids, [h, w], 0.1, x, y, *kept)
+    wanted = everything(reference.cross_scale_fusion, FOUR, corrs, x, y)
+    for s, grad in enumerate(found):
+        torch.testing.assert_close(grad, wanted[f"grad_corrs[{s}]"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grad_x, wanted["grad_x"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grad_y, wanted["grad_y"], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("wanted", ["corrs[1]", "x"])
 def test_gradients_of_one_argument_alone(wanted):
     corrs, x, y = inputs(FOUR)
