@@ -1,6 +1,7 @@
 """The command line: parse, call, report. What it does is done by the modules it calls.
 
-Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 interrupted, 141 the reader of our output left.
+Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage (one line too), 130 interrupted, 141 the reader of
+our output left, 143 `evaluate` was terminated (it keeps its predictions first).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import lpmflow
 
@@ -34,12 +35,13 @@ examples:
     "match": """\
 examples:
   lpmflow match cat.jpg dog.jpg -o match.png
-  lpmflow match cat.jpg dog.jpg --points 120,80 201.5,96
+  lpmflow match cat.jpg dog.jpg --points 120,80 201.5,96 -o points.png
   lpmflow match cat.jpg dog.jpg -o match.npz --save-flow match.flo --device cuda --dtype bfloat16
   lpmflow match cat.jpg dog.jpg -o match.png --model trained.safetensors
 
 Points are x,y in pixels of A, x to the right and y down, the centre of the top left pixel at 0,0. Each comes out on a
-line of its own, as "x,y -> x,y", the second in pixels of B. Write --points=-0.3,5 when the first is negative.
+line of its own, as "x,y -> x,y", the second in pixels of B; a picture shows them by number. Write --points=-0.3,5 when
+the first is negative.
 """,
     "evaluate": """\
 examples:
@@ -83,14 +85,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        print(f"lpmflow: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"lpmflow: error: {_told(args, error)}", file=sys.stderr)
         return 1
     return code
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and where the usage stands, instead of all of it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def _told(args: argparse.Namespace, error: Exception) -> str:
+    """An error as one line; one that begins with a file begins with the option that names the file."""
+    said = " ".join(str(error).split())
+    for name, value in vars(args).items():
+        if isinstance(value, (str, Path)) and str(value) and said.startswith((f"{value} ", f"{value}:")):
+            return f"--{name.replace('_', '-')} {said}"
+    return said
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="lpmflow",
         description="Dense semantic correspondence: where each pixel of one photograph lies in another.",
         epilog=EXAMPLES["main"],
@@ -105,7 +123,8 @@ def parser() -> argparse.ArgumentParser:
     match.add_argument(
         "-o", "--output", metavar="FILE", type=_output(OUTPUTS), help=f"write the match, by extension: {_or(OUTPUTS)}"
     )
-    match.add_argument("--points", metavar="X,Y", type=_point, nargs="+", default=[], help="transfer these points")
+    points = "transfer these points, and draw these in a picture"
+    match.add_argument("--points", metavar="X,Y", type=_point, nargs="+", default=[], help=points)
     match.add_argument("--save-flow", metavar="FILE.flo", type=_output((".flo",)), help="write the flow (.flo) as well")
     _matcher_options(match)
     match.set_defaults(command=match)
@@ -137,27 +156,24 @@ def run_match(args: argparse.Namespace) -> None:
     for option, path in (("-o", args.output), ("--save-flow", args.save_flow)):
         if path is not None and not path.parent.is_dir():
             raise OSError(f"{option} must name a file in an existing folder, got {str(path)!r}")
-    for name in (args.source, args.target):
-        if not Path(name).is_file():
-            raise OSError(f"{name!r} is not a file")
 
     from lpmflow.images import load_image
     from lpmflow.matcher import Matcher
 
-    source, target = (load_image(path, repr(path)) for path in (args.source, args.target))
+    source, target = (load_image(path, name) for name, path in (("A", args.source), ("B", args.target)))
     match = Matcher(**_matcher_arguments(args))(source, target)
     _print_points(match, args.points)
     for path in (args.output, args.save_flow):
         if path is not None:
-            match.save(path)
+            match.save(path, args.points or None)
             print(f"wrote {path}", file=sys.stderr)
 
 
-def run_evaluate(args: argparse.Namespace) -> None:
+def run_evaluate(args: argparse.Namespace) -> int:
     """`lpmflow evaluate`."""
     from lpmflow.benchmark import command
 
-    command.run(args, _matcher_arguments(args))
+    return command.run(args, _matcher_arguments(args))
 
 
 def run_data_check(args: argparse.Namespace) -> int:
@@ -249,7 +265,7 @@ def _print_points(match: Match, points: list[tuple[float, float]]) -> None:
 
 
 def _command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    commands: argparse._SubParsersAction[_Parser],
     name: str,
     summary: str,
     run: Callable[[argparse.Namespace], int | None],

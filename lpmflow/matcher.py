@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lpmflow.images import ImageLike, load_image, preprocess, to_uint8
+from lpmflow.memory import explained, require_room
 from lpmflow.result import Match
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ class Matcher:
         options: dict[str, Any] = {"backbone": backbone, "backbone_weights": backbone_weights, "readout": readout}
         given = {name: value for name, value in options.items() if value is not None}
         found = _zero_shot(image_size, **given) if model == ZERO_SHOT else _model(model, image_size, given)
+        if image_size is not None and model != ZERO_SHOT:
+            require_room(found.config, self.device)
         self.model: LPMFlow = found.to(self.device).eval()
 
     def __call__(self, src: ImageLike, tgt: ImageLike) -> Match:
@@ -139,7 +142,7 @@ class Matcher:
         sources, targets = (torch.stack([pair[side][0] for pair in pairs]).to(self.device) for side in (0, 1))
         half = self.dtype != torch.float32
         mixed = torch.autocast(self.device.type, self.dtype) if half else contextlib.nullcontext()
-        with torch.inference_mode(), mixed:
+        with explained(len(pairs), self.model.config.input_size, self.device), torch.inference_mode(), mixed:
             output = self.model(sources, targets)
         grids = [grid.float().cpu().numpy() for grid in (output.flow, output.confidence, output.foreground)]
         matches = []
@@ -248,6 +251,8 @@ def _model(model: ModelLike, image_size: Any, zero_shot: dict[str, Any]) -> LPMF
             )
         return _checked(load_checkpoint(path, **size))
     path = Path(model)
+    if path.is_dir():
+        raise IsADirectoryError(f"model must be the path of a checkpoint file, but {str(model)!r} is a folder")
     if path.exists():
         return _checked(load_checkpoint(path, **size))
     wanted = f"model must be one of {', '.join(presets)}, the path of a checkpoint, {ZERO_SHOT}, or an LPMFlow"
@@ -290,7 +295,9 @@ def _device(device: DeviceLike) -> torch.device:
     if found is not None and found.type in ("cpu", "mps") and found.index == 0:
         found = torch.device(found.type)  # there is one of these
     if found is None or str(found) not in known:
-        raise ValueError(f"device must be one of {', '.join(known)}, as they exist here, got {str(device)!r}")
+        if len(known) == 1:
+            raise ValueError(f"device must be {known[0]}, the only one PyTorch finds here, got {str(device)!r}")
+        raise ValueError(f"device must be one that PyTorch finds here, {', '.join(known)}, got {str(device)!r}")
     return found
 
 

@@ -125,16 +125,20 @@ class Match:
         warped = geometry.warp_image(image, torch.from_numpy(self.flow))
         return np.ascontiguousarray(warped.permute(1, 2, 0).numpy())
 
-    def plot(self) -> Figure:
-        """A matplotlib figure of the match (see `lpmflow.visualize.match_figure`); it is returned, never shown."""
+    def plot(self, points: ArrayLike | None = None) -> Figure:
+        """A matplotlib figure of the match (see `lpmflow.visualize.match_figure`); it is returned, never shown.
+
+        `points` (N, 2) are source pixels whose lines are drawn, with their numbers from 1; None: some that the match is
+        sure of. Raises what `transfer` raises.
+        """
         from lpmflow.visualize import match_figure
 
-        return match_figure(self)
+        return match_figure(self, points)
 
-    def save(self, path: flowfile.PathLike) -> None:
+    def save(self, path: flowfile.PathLike, points: ArrayLike | None = None) -> None:
         """Write the match to `path`, as its extension says; a file that exists is replaced, whole or not at all.
 
-        - `.png`: the picture `plot` draws;
+        - `.png`: the picture `plot(points)` draws;
         - `.npz`: numpy arrays `flow`, `confidence`, `foreground`, `src_size`, `tgt_size`;
         - `.flo`: the flow in the Middlebury format.
 
@@ -149,7 +153,7 @@ class Match:
             return
         with flowfile.replacing(final) as temporary, open(temporary, "wb") as file:
             if extension == ".png":
-                self.plot().savefig(file, format="png")
+                self.plot(points).savefig(file, format="png")
             else:
                 np.savez_compressed(
                     file,

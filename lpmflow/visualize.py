@@ -177,27 +177,34 @@ def prediction_figure(
     return figure
 
 
-def match_figure(match: Match) -> Figure:
+def match_figure(match: Match, points: ArrayLike | None = None) -> Figure:
     """The whole match on one figure.
 
-    Above: both images, and lines between corresponding points (`choose_points`), each end of a line in the same
-    colour. Below, all in the source frame: the target pulled back by the flow; the flow in Middlebury colours, as
-    displacement relative to the image with a wheel that explains them, so that it does not depend on the two images'
-    sizes; the confidence, brightest where it is highest in this image; the foreground weight. Images longer than 640
-    pixels are drawn smaller.
+    Above: both images, and lines between corresponding points, each end of a line in the same colour. The points are
+    `points` (N, 2), source pixels, with their numbers from 1 at both ends, or those of `choose_points`; one that lands
+    outside the target is drawn hollow at its border. Below, all in the source frame: the target pulled back by the
+    flow; the flow in Middlebury colours, as displacement relative to the image with a wheel that explains them, so that
+    it does not depend on the two images' sizes; the confidence, brightest where it is highest in this image; the
+    foreground weight. Images longer than 640 pixels are drawn smaller. Raises what `Match.transfer` raises.
     """
     from matplotlib.figure import Figure
 
+    landed = None if points is None else match.transfer(points)
     small = match.shrunk(_SIDE)
     panel = (_WIDTH - 2 * _MARGIN - 3 * _GAP) / 4
     low = panel * _aspect(small.source)
     high = (_WIDTH - 2 * _MARGIN - _GAP) / 2 * max(_aspect(small.source), _aspect(small.target))
     figure = Figure(figsize=(_WIDTH, high + low + 2 * _TITLE + _GAP + 2 * _MARGIN), dpi=130, facecolor="white")
-    points = choose_points(small)
     titles = (f"source, {_pixels(match.src_size)}", f"target, {_pixels(match.tgt_size)}")
     bottom = low + _TITLE + _GAP + _MARGIN
-    moved = small.transfer(points)
-    _draw_correspondences(figure, small.source, small.target, points, moved, bottom, high, titles)
+    if landed is None:
+        starts = choose_points(small)
+        ends = small.transfer(starts)
+    else:
+        starts = _resized(np.asarray(points, dtype=np.float64).reshape(-1, 2), match.src_size, small.src_size)
+        ends = _resized(landed, match.tgt_size, small.tgt_size)
+    numbered = landed is not None
+    _draw_correspondences(figure, small.source, small.target, starts, ends, bottom, high, titles, numbered=numbered)
 
     flow = geometry.flow_to_pixels(torch.from_numpy(small.grid_flow), small.src_size, small.src_size).numpy()
     relative = float(np.hypot(flow[..., 0] / small.src_size[1], flow[..., 1] / small.src_size[0]).max())
@@ -228,12 +235,15 @@ def _draw_correspondences(
     bottom: float,
     height: float,
     titles: tuple[str, str],
+    *,
+    numbered: bool = False,
 ) -> None:
     """Source and target as two panels of `height` inches, `bottom` inches above the figure's edge, with the lines."""
     from matplotlib import colormaps
     from matplotlib.lines import Line2D
     from matplotlib.patches import ConnectionPatch
     from matplotlib.patheffects import Normal, Stroke
+    from matplotlib.transforms import offset_copy
 
     panel = (_WIDTH - 2 * _MARGIN - _GAP) / 2
     left = _axes(figure, _MARGIN, bottom, panel, height, titles[0])
@@ -241,17 +251,27 @@ def _draw_correspondences(
     left.imshow(source)
     right.imshow(target)
     halo = [Stroke(linewidth=3, foreground="white", alpha=0.75), Normal()]
-    downwards = np.argsort(points[:, 1], kind="stable")
-    for rank, (start, end) in enumerate(zip(points[downwards], moved[downwards], strict=True)):
+    corner = np.array([target.shape[1], target.shape[0]]) - 0.5
+    shown = np.clip(moved, -0.5, corner)
+    for rank, number in enumerate(np.argsort(points[:, 1], kind="stable")):
+        start, end = points[number], shown[number]
         color = colormaps["turbo"](0.08 + 0.87 * rank / max(len(points) - 1, 1))
         line = ConnectionPatch(start, end, "data", "data", axesA=left, axesB=right, color=color, linewidth=1.4)
         line.set_path_effects(halo)
         figure.add_artist(line)
-        for axes, (x, y) in ((left, start), (right, end)):
+        inside = bool((end == moved[number]).all())
+        for axes, (x, y), full in ((left, start, True), (right, end, inside)):
             # Of the figure and not of the panel, because the lines are the figure's and would cover it.
             dot = Line2D([x], [y], color=color, marker="o", markersize=7, transform=axes.transData, zorder=5)
-            dot.set(markeredgecolor="white", markeredgewidth=1.3)
+            dot.set(markeredgecolor="white" if full else color, markeredgewidth=1.3)
+            dot.set_markerfacecolor(color if full else "white")
             figure.add_artist(dot)
+            if numbered:
+                side = -1 if axes is left else 1  # away from the line
+                near = offset_copy(axes.transData, figure, 6 * side, 0, units="points")
+                label = figure.text(x, y, str(number + 1), transform=near, color=color, fontsize=10, zorder=6)
+                label.set(ha="right" if axes is left else "left", va="center", fontweight="bold")
+                label.set_path_effects([Stroke(linewidth=2.5, foreground="white"), Normal()])
 
 
 def _draw_wheel(axes: Axes) -> None:
@@ -277,6 +297,11 @@ def _axes(figure: Figure, left: float, bottom: float, width: float, height: floa
     for side in axes.spines.values():
         side.set_visible(False)
     return axes
+
+
+def _resized(points: NDArray[np.float64], size: tuple[int, int], shown: tuple[int, int]) -> NDArray[np.float64]:
+    """Points of an image of `size` on a copy of it of the size `shown`."""
+    return geometry.pixels_to_cells(torch.from_numpy(points), size, shown).numpy()
 
 
 def _pixels(size: tuple[int, int]) -> str:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from made_up_pairs import PER_IMAGE, PER_POINT, THREE, keypoints, outlines, picture
+from safetensors import safe_open
 
 import lpmflow
 from lpmflow import benchmark, cli
@@ -271,8 +276,20 @@ def test_the_command_reads_symmetric_groups(
         (["--benchmark", "hpatches", "--root", ".", "--batch-size", "-3"], "batch_size must be at least 1, got -3"),
         (["--benchmark", "hpatches", "--root", ".", "--alpha", "0.1"], "--alpha must not be given for hpatches"),
         (["--benchmark", "spair", "--root", ".", "--worst", "x", "w"], "--worst must begin with a number of pairs"),
-        (["--benchmark", "spair", "--root", ".", "--json", "no/x.json"], "path must name a file in an existing folder"),
-        (["--benchmark", "spair", "--root", ".", "--csv", "."], "path must name a file, got the folder '.'"),
+        (
+            ["--benchmark", "spair", "--root", ".", "--json", "no/x.json"],
+            "--json must name a file in an existing folder",
+        ),
+        (["--benchmark", "spair", "--root", ".", "--csv", "."], "--csv must name a file, got the folder '.'"),
+        (
+            ["--benchmark", "spair", "--root", ".", "--predictions", "."],
+            "--predictions must name a file, got the folder",
+        ),
+        (
+            ["--benchmark", "spair", "--root", ".", "--worst", "3", "file"],
+            "--worst must be a folder, or a place for one",
+        ),
+        (["--benchmark", "spair", "--root", ".", "--groups", "file"], "--groups file must be JSON"),
     ],
 )
 def test_an_error_is_one_line(
@@ -284,6 +301,7 @@ def test_an_error_is_one_line(
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("no JSON")
     assert cli.main(["evaluate", *argv]) == 1
     said = capsys.readouterr()
     assert said.out == "" and said.err.startswith(f"lpmflow: error: {message}") and said.err.count("\n") == 1
@@ -303,7 +321,82 @@ def test_wrong_usage_exits_with_2(
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main(["evaluate", *argv])
-    assert stopped.value.code == 2 and message in capsys.readouterr().err and asked == []
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and asked == [] and message in said
+    assert said.startswith("lpmflow evaluate: error: ") and said.endswith("; see lpmflow evaluate --help\n")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(("option", "value"), [("--image-size", "256"), ("--device", "cpu"), ("--dtype", "float16")])
+def test_identity_takes_no_options_of_a_network(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str
+) -> None:
+    argv = ["evaluate", "--benchmark", "spair", "--root", str(tmp_path), "--model", "identity", option, value]
+    assert cli.main(argv) == 1
+    wanted = f"lpmflow: error: {option} must not be given for --model identity, which has no network\n"
+    assert capsys.readouterr().err == wanted
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+)
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_run_that_is_stopped_keeps_its_predictions(
+    tmp_path: Path,
+    shifted: lpmflow.Matcher,
+    asked: list[dict[str, Any]],
+    capsys: pytest.CaptureFixture[str],
+    number: int,
+    code: int,
+    word: str,
+    keep: bool,
+) -> None:
+    """Stopped in its second batch; the second signal, while it saves, changes nothing. The same command goes on."""
+    root, kept = keypoints(tmp_path / "made-up", THREE), tmp_path / "kept"
+    argv = ["evaluate", "--benchmark", "spair", "--root", str(root), "--batch-size", "1"]
+    argv += ["--predictions", str(kept)] if keep else []
+    before = signal.getsignal(signal.SIGTERM)
+
+    def stop(model: Any, args: Any) -> None:
+        if len(model.calls) == 1:
+            try:
+                signal.raise_signal(number)
+            finally:
+                if number == signal.SIGTERM:
+                    signal.raise_signal(number)
+
+    hook = shifted.model.register_forward_pre_hook(stop)
+    assert cli.main(argv) == code
+    said = capsys.readouterr()
+    where = f"predictions so far are in {kept}, the same command goes on" if keep else "nothing was kept, --predictions"
+    assert said.out == "" and said.err.startswith(f"lpmflow evaluate: {word}; {where}") and said.err.count("\n") == 1
+    assert signal.getsignal(signal.SIGTERM) is before
+    hook.remove()
+    assert cli.main(argv) == 0
+    assert ("matched 2 of 3 pairs" if keep else "matched 3 of 3 pairs") in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_a_process_that_is_terminated(tmp_path: Path) -> None:
+    """As a scheduler does it: the process is killed while it matches, and says one line."""
+    root, kept = keypoints(tmp_path / "made-up", THREE * 40), tmp_path / "kept"
+    program = (
+        "import sys, os, signal\n"
+        "from lpmflow import identity, cli\n"
+        "batch, done = identity.IdentityMatcher.batch, []\n"
+        "def slow(self, pairs, batch_size=8):\n"
+        "    done.append(1)\n"
+        "    if len(done) == 3: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return batch(self, pairs, batch_size)\n"
+        "identity.IdentityMatcher.batch = slow\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    argv = ["evaluate", "--benchmark", "spair", "--root", str(root), "--model", "identity", "--predictions", str(kept)]
+    done = subprocess.run([sys.executable, "-c", program, *argv], capture_output=True, text=True, check=False)
+    wanted = f"lpmflow evaluate: terminated; predictions so far are in {kept}, the same command goes on\n"
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", wanted)
+    with safe_open(kept, framework="np") as file:
+        assert int(file.get_tensor("squash/forward/done").sum()) == 16
 
 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:

@@ -188,9 +188,12 @@ def test_arguments_that_make_no_sense_are_named(model, tmp_path, change, error, 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_missing_and_corrupt_files(model, tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
-    for missing in (path, tmp_path):
-        with pytest.raises(FileNotFoundError, match="no checkpoint at "):
-            load_checkpoint(missing)
+    with pytest.raises(FileNotFoundError, match="no checkpoint at "):
+        load_checkpoint(path)
+    path.mkdir()
+    with pytest.raises(IsADirectoryError, match=rf"a\{suffix} must be a checkpoint file, and is a folder$"):
+        load_checkpoint(path)
+    path.rmdir()
     whole = tmp_path / f"whole{suffix}"
     if suffix == ".pth":
         torch.save({"encoder.norm.weight": torch.zeros(1000)}, whole)
@@ -201,6 +204,8 @@ def test_missing_and_corrupt_files(model, tmp_path, suffix):
         with pytest.raises(OSError, match=rf"a\{suffix} cannot be read as a ") as caught:
             load_checkpoint(path)
         assert len(str(caught.value).splitlines()) == 1
+        if content == b"hello, world" and suffix == ".pth":
+            assert str(caught.value).endswith(": it is no file that torch.save writes")
 
 
 @pytest.mark.parametrize(

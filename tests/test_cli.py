@@ -28,8 +28,8 @@ class FakeMatch:
     def transfer(self, points: Any) -> np.ndarray:
         return np.asarray(points, dtype=np.float64) + (10, 0.25)
 
-    def save(self, path: Path) -> None:
-        Path(path).write_text("match")
+    def save(self, path: Path, points: Any = None) -> None:
+        Path(path).write_text(f"match {points}")
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_match_writes_and_prints(calls: list[Any], tmp_path: Path, capsys: pytes
     assert code == 0
     assert calls == [{}, SHAPES]
     assert capsys.readouterr() == ("12,8.5 -> 22.00,8.75\n0,0 -> 10.00,0.25\n", f"wrote {out}\nwrote {flow}\n")
-    assert out.read_text() == flow.read_text() == "match"
+    assert out.read_text() == flow.read_text() == "match [(12.0, 8.5), (0.0, 0.0)]"
 
 
 def test_match_passes_the_choice_of_model_device_and_dtype(
@@ -92,7 +92,10 @@ def test_wrong_usage_exits_with_2(
     with pytest.raises(SystemExit) as stopped:
         cli.main(argv)
     assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+    command = "lpmflow match" if "match" in argv else "lpmflow"
+    assert said.startswith(f"{command}: error: ") and said.endswith(f"; see {command} --help\n")
     assert calls == []
 
 
@@ -104,7 +107,8 @@ def test_wrong_usage_exits_with_2(
             "-o must name a file in an existing folder, got 'absent/x.png'",
         ),
         (["match", CAT, RACCOON, "--save-flow", "absent/x.flo"], "--save-flow must name a file in an existing folder"),
-        (["match", CAT, "absent.jpg", "-o", "x.png"], "'absent.jpg' is not a file"),
+        (["match", CAT, "absent.jpg", "-o", "x.png"], "B must be the path of an image file, but there is no file "),
+        (["match", ".", CAT, "-o", "x.png"], "A must be the path of an image file, but '.' is a folder"),
     ],
 )
 def test_refused_before_the_matcher_is_made(
@@ -134,6 +138,14 @@ def test_an_error_is_one_line(
     monkeypatch.setattr("lpmflow.matcher.Matcher", fail)
     assert cli.main(["match", CAT, RACCOON, "--points", "1,1"]) == 1
     assert capsys.readouterr() == ("", "lpmflow: error: model must be one of these\n")
+
+
+def test_a_file_that_cannot_be_read_is_said_with_its_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "weights.pth"
+    text.write_text("hello")
+    assert cli.main(["match", CAT, RACCOON, "--points", "1,1", "--model", str(text)]) == 1
+    wanted = f"--model {text} cannot be read as a PyTorch checkpoint of plain tensors: it is no file that torch.save "
+    assert capsys.readouterr().err == f"lpmflow: error: {wanted}writes\n"
 
 
 def test_a_mistake_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +200,8 @@ def test_version_and_help_of_a_process() -> None:
 def test_an_error_of_a_process_has_no_traceback(tmp_path: Path) -> None:
     done = run("match", CAT, str(tmp_path / "absent.jpg"), "--points", "1,1")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"lpmflow: error: {str(tmp_path / 'absent.jpg')!r} is not a file\n"
+    file = str(tmp_path / "absent.jpg")
+    assert done.stderr == f"lpmflow: error: B must be the path of an image file, but there is no file {file!r}\n"
 
 
 def test_unknown_model_of_a_process_lists_the_models() -> None:

@@ -113,6 +113,10 @@ def test_a_photograph_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "a.png").touch()  # its folder always counts
     with pytest.raises(FileNotFoundError) as refused:
         find_file(tmp_path, "PF/car(G)/a.png", "here")
+    assert str(refused.value) == f"here: there is no file {tmp_path / 'car(G)' / 'a.png'}"
+    (tmp_path / "PF" / "car(G)").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError) as refused:
+        find_file(tmp_path, "PF/car(G)/a.png", "here")
     assert str(refused.value) == f"here: there is no file {tmp_path / 'PF' / 'car(G)' / 'a.png'}"
 
 

@@ -158,8 +158,8 @@ def test_memory_bounds_what_is_kept(pair: KeypointPair, monkeypatch: pytest.Monk
 
 
 def test_a_quarter_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 0 < loader._free_memory() <= 1 << 62
-    monkeypatch.setattr(loader, "_free_memory", lambda: 4000)
+    assert 0 < loader.free_memory() <= 1 << 62
+    monkeypatch.setattr(loader, "free_memory", lambda: 4000)
     assert loader._share_of_free_memory() == 1000
     workers = type("Info", (), {"num_workers": 5})
     monkeypatch.setattr(loader, "get_worker_info", lambda: workers)
@@ -207,11 +207,24 @@ def test_pairs_without_points(pair: KeypointPair) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "message"), [({"size": (0, 5)}, "size must be"), ({"cache_bytes": -1}, "cache_bytes")]
+    ("given", "message"),
+    [
+        ({"size": (0, 5)}, r"size must be \(height, width\) or one number, whole ones of at least 1, got \(0, 5\)"),
+        ({"size": "a"}, "size must be .*, got 'a'"),
+        ({"size": 2.5}, "size must be .*, got 2.5"),
+        ({"size": (1, 2, 3)}, r"size must be .*, got \(1, 2, 3\)"),
+        ({"cache_bytes": -1}, "cache_bytes"),
+    ],
 )
 def test_wrong_options(pair: KeypointPair, given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PairDataset([pair], **given)
+
+
+def test_one_number_is_a_square(pair: KeypointPair) -> None:
+    (sample,) = PairDataset([pair], 8)
+    assert sample.source.shape == sample.target.shape == (3, 8, 8)
+    assert torch.equal(sample.source, PairDataset([pair], (8, 8))[0].source)
 
 
 def test_what_a_pair_and_its_photograph_disagree_about(pair: KeypointPair) -> None:

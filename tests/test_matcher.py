@@ -307,7 +307,7 @@ def test_repr(fake_model):
 
 @pytest.mark.parametrize("device", ["tpu", "cpu:3", "", "cuda:99", "meta", torch.device("meta"), "gpu"])
 def test_unknown_devices_list_what_exists(fake_model, device):
-    with pytest.raises(ValueError, match=r"device must be one of cpu.*, as they exist here, got '"):
+    with pytest.raises(ValueError, match=r"device must be (one that|cpu).*PyTorch finds here.*, got '"):
         Matcher(fake_model, device)
 
 
@@ -315,7 +315,7 @@ def test_cuda_without_a_gpu_is_refused(fake_model, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="device must be one of cpu, as they exist here, got 'cuda'"):
+    with pytest.raises(ValueError, match="^device must be cpu, the only one PyTorch finds here, got 'cuda'$"):
         Matcher(fake_model, "cuda")
     assert Matcher(fake_model).device == torch.device("cpu")
 
@@ -327,13 +327,15 @@ def test_the_gpu_is_chosen_where_there_is_one(monkeypatch):
     assert door._device(None) == torch.device("cuda:1")
     assert door._device("cuda") == torch.device("cuda:1")
     assert door._device("cuda:1") == torch.device("cuda:1")
-    with pytest.raises(ValueError, match="device must be one of cpu, cuda, cuda:0, cuda:1.*, got 'cuda:2'"):
+    with pytest.raises(
+        ValueError, match="^device must be one that PyTorch finds here, cpu, cuda, cuda:0, cuda:1.*, got 'cuda:2'$"
+    ):
         door._device("cuda:2")
 
 
 def test_the_only_cpu_may_be_numbered():
     assert door._device("cpu:0") == torch.device("cpu")
-    with pytest.raises(ValueError, match="device must be one of cpu.*, got 'cpu:1'"):
+    with pytest.raises(ValueError, match="device must be .*cpu.*, got 'cpu:1'"):
         door._device("cpu:1")
 
 
@@ -398,7 +400,7 @@ def test_match_takes_a_model(make_fake_model, photo):
 
 
 def test_match_refuses_what_the_matcher_refuses(photo):
-    with pytest.raises(ValueError, match="device must be one of cpu"):
+    with pytest.raises(ValueError, match="device must be .*cpu.*, got 'tpu'"):
         lpmflow.match(photo, photo, device="tpu")
     with pytest.raises(ValueError, match="dtype must be one of"):
         lpmflow.match(photo, photo, dtype="int4")

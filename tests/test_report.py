@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lpmflow.benchmark import Report, check_writable, write
+from lpmflow.benchmark import Report, check_folder, check_writable, write
 from lpmflow.benchmark.report import keypoint_rows
 from lpmflow.data import KeypointPair
 from lpmflow.evaluation import protocol, score
@@ -141,11 +141,21 @@ def test_files_say_what_was_measured_and_by_what(tmp_path: Path) -> None:
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
-    check_writable(None, tmp_path / "a")
-    with pytest.raises(FileNotFoundError, match="path must name a file in an existing folder, got "):
-        check_writable(None, tmp_path / "no" / "a")
-    with pytest.raises(IsADirectoryError, match="path must name a file, got the folder "):
-        check_writable(tmp_path)
+    check_writable({"json": None, "csv": tmp_path / "a"})
+    with pytest.raises(FileNotFoundError, match="^csv must name a file in an existing folder, got "):
+        check_writable({"json": tmp_path / "a", "csv": tmp_path / "no" / "a"})
+    with pytest.raises(IsADirectoryError, match="^json must name a file, got the folder "):
+        check_writable({"json": tmp_path})
+
+
+def test_a_place_where_no_folder_can_be(tmp_path: Path) -> None:
+    check_folder("worst", tmp_path)
+    check_folder("worst", tmp_path / "a" / "b")
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "a" / "b"):
+        with pytest.raises(NotADirectoryError, match="^worst must be a folder, or a place for one, but '.*file' is a "):
+            check_folder("worst", path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_an_alpha_of_ones_own() -> None:

@@ -197,7 +197,7 @@ def test_save_refuses_other_extensions_and_folders(tmp_path):
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     path.write_text("old")
-    monkeypatch.setattr(Match, "plot", lambda self: (_ for _ in ()).throw(RuntimeError("no picture")))
+    monkeypatch.setattr(Match, "plot", lambda self, points: (_ for _ in ()).throw(RuntimeError("no picture")))
     with pytest.raises(RuntimeError, match="no picture"):
         make().save(path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.png"] and path.read_text() == "old"

@@ -137,6 +137,35 @@ def test_correspondence_figure_draws_each_line_once():
     figure.canvas.draw()
 
 
+def test_points_of_ones_own_are_drawn_with_their_numbers():
+    """An image of 2000 x 1000 is drawn at half the size and less, and the points with it, in the order given."""
+    match = make(source_size=(1000, 2000), shift=(0, 0))
+    points = [(1600.0, 900.0), (100.0, 100.0)]
+    figure = match_figure(match, points)
+    figure.canvas.draw()
+    lines = [artist for artist in figure.artists if type(artist).__name__ == "ConnectionPatch"]
+    scale = 640 / 2000
+    starts = {tuple(np.round((np.array(point) + 0.5) * scale - 0.5, 6)) for point in points}
+    assert {tuple(np.round(line.xy1, 6)) for line in lines} == starts and len(lines) == 2
+    assert [text.get_text() for text in figure.texts] == ["2", "2", "1", "1"]  # downwards
+    for index, wanted, size in ((0, points, scale), (1, match.transfer(points), 1)):
+        for number, point in enumerate(wanted, 1):
+            found = figure.texts[2 * (2 - number) + index].get_position()
+            np.testing.assert_allclose(found, (np.array(point) + 0.5) * size - 0.5, atol=1e-6)
+    assert not match_figure(match).texts
+
+
+def test_a_point_that_lands_outside_is_hollow_at_the_border():
+    match = make(shift=(500, 0))
+    figure = match_figure(match, np.array([[3, 4]]))
+    dots = [artist for artist in figure.artists if type(artist).__name__ == "Line2D"]
+    assert [dot.get_markerfacecolor() == "white" for dot in dots] == [False, True]
+    assert dots[1].get_xdata()[0] == 49.5
+    with pytest.raises(ValueError, match=r"points\[0\] must lie inside the source image"):
+        match_figure(match, [(-3, 4)])
+    assert not match_figure(match, []).artists
+
+
 def test_pyplot_is_never_imported():
     program = """
 import sys, numpy as np

@@ -8,7 +8,7 @@ from lpmflow.benchmark.evaluate import evaluate
 from lpmflow.benchmark.homographies import report_homographies
 from lpmflow.benchmark.predict import PairMatcher, predict
 from lpmflow.benchmark.predictions import Predictions
-from lpmflow.benchmark.report import Report, Row, check_writable, write
+from lpmflow.benchmark.report import Report, Row, check_folder, check_writable, write
 from lpmflow.benchmark.world import World, local_device, world
 from lpmflow.data.pairs import BENCHMARKS as PAIRS
 
@@ -22,6 +22,7 @@ __all__ = [
     "Report",
     "Row",
     "World",
+    "check_folder",
     "check_writable",
     "evaluate",
     "local_device",

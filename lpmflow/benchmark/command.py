@@ -3,67 +3,119 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lpmflow.benchmark.evaluate import evaluate
 from lpmflow.benchmark.homographies import report_homographies
 from lpmflow.benchmark.predict import PairMatcher
-from lpmflow.benchmark.report import check_writable, write
-from lpmflow.benchmark.world import local_device, world
+from lpmflow.benchmark.report import check_folder, check_writable, write
+from lpmflow.benchmark.world import World, local_device, world
 from lpmflow.data.files import read_json
 from lpmflow.data.homographies import load_homographies
 
 _ONLY_PAIRS = ("split", "protocol", "alpha", "predictions", "json", "csv", "markdown", "groups", "worst")
+_FILES = ("predictions", "json", "csv", "markdown")
 
 
-def run(args: argparse.Namespace, options: dict[str, Any]) -> None:
-    """Evaluate as `args` say, with a Matcher of `options`, and print the report.
+def run(args: argparse.Namespace, options: dict[str, Any]) -> int:
+    """Evaluate as `args` say, with a Matcher of `options`, print the report, and return the exit code.
 
+    130 when the run was interrupted and 143 when it was terminated, with a line that says where the predictions are.
     Raises what `lpmflow.benchmark.evaluate` raises.
     """
     if args.batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {args.batch_size}")
-    check_writable(args.json, args.csv, args.markdown, args.predictions)
+    check_writable({f"--{name}": getattr(args, name) for name in _FILES})
     if args.benchmark == "hpatches":
         for name in _ONLY_PAIRS:
             if getattr(args, name):
                 raise ValueError(f"--{name} must not be given for hpatches, which has dense truth and no keypoints")
         pairs = load_homographies(Path(args.root))
         report_homographies(pairs, make_matcher(options), batch_size=args.batch_size, say=print)
-        return
+        return 0
     count, folder = (_count(args.worst[0]), args.worst[1]) if args.worst else (0, None)
+    if folder is not None:
+        check_folder("--worst", folder)
     groups = _groups(args.groups) if args.groups else None
     with world() as here:
-        report = evaluate(
-            args.benchmark,
-            args.root,
-            make_matcher(options),
-            split=args.split,
-            protocols=args.protocol,
-            alphas=args.alpha,
-            batch_size=args.batch_size,
-            workers=args.workers,
-            predictions=args.predictions,
-            groups=groups,
-            worst=count,
-            worst_folder=folder,
-            world=here,
-        )
+        try:
+            with _terminable():
+                report = evaluate(
+                    args.benchmark,
+                    args.root,
+                    make_matcher(options),
+                    split=args.split,
+                    protocols=args.protocol,
+                    alphas=args.alpha,
+                    batch_size=args.batch_size,
+                    workers=args.workers,
+                    predictions=args.predictions,
+                    groups=groups,
+                    worst=count,
+                    worst_folder=folder,
+                    world=here,
+                )
+        except KeyboardInterrupt as stop:
+            return _stopped(stop, args.predictions, here)
         if here.first:
             write(report, args.json, args.csv, args.markdown)
             print("\n".join(report.lines()))
+    return 0
 
 
 def make_matcher(options: dict[str, Any]) -> PairMatcher:
-    """The matcher of the given arguments of `lpmflow.Matcher`; "identity" is a model here."""
+    """The matcher of the given arguments of `lpmflow.Matcher`; "identity" is a model here, which takes no others."""
     if options.get("model") == "identity":
+        for name in options:
+            if name != "model":
+                raise ValueError(
+                    f"--{name.replace('_', '-')} must not be given for --model identity, which has no network"
+                )
         from lpmflow.identity import IdentityMatcher
 
         return IdentityMatcher()
     from lpmflow.matcher import Matcher
 
     return Matcher(**{"device": local_device(), **options})
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, what schedulers and `kill` send: it unwinds as Ctrl-C does, so that predictions are kept."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM inside raises `_Terminated`, once: what is done about it is not to be terminated in turn."""
+
+    def raise_it(number: int, frame: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # others cannot set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, raise_it)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stopped(stop: KeyboardInterrupt, predictions: str | None, here: World) -> int:
+    """One line, and the exit code."""
+    terminated = isinstance(stop, _Terminated)
+    if here.first:
+        kept = "predictions so far are in {}" if predictions and Path(predictions).is_file() else "nothing was kept"
+        advice = "the same command goes on" if predictions else "--predictions FILE keeps them"
+        said = f"{'terminated' if terminated else 'interrupted'}; {kept.format(predictions)}, {advice}"
+        print(f"lpmflow evaluate: {said}", file=sys.stderr)
+    return 143 if terminated else 130
 
 
 def _count(text: str) -> int:

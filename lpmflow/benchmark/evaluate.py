@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lpmflow.benchmark.pictures import draw_worst
 from lpmflow.benchmark.predict import PairMatcher, predict
 from lpmflow.benchmark.predictions import Predictions, about, way
-from lpmflow.benchmark.report import Report, Row, folder_name, keypoint_rows, mask_rows
+from lpmflow.benchmark.report import Report, Row, check_folder, folder_name, keypoint_rows, mask_rows
 from lpmflow.benchmark.world import World
 from lpmflow.data.masks import read_mask
 from lpmflow.data.pairs import KeypointPair, layout, load_pairs
@@ -75,6 +75,8 @@ def evaluate(
         raise ValueError(f"worst must be at least 0, got {worst}")
     if worst and (worst_folder is None or not rules):
         raise ValueError("worst needs a folder to draw into, and pairs with keypoints")
+    if worst_folder is not None:
+        check_folder("worst_folder", worst_folder)
     pairs = load_pairs(benchmark, root, part)
     for rule in rules:
         _check(rule, pairs)

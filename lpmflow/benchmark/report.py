@@ -9,8 +9,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -142,16 +143,28 @@ def write(
                 temporary.write_text(text(), encoding="utf-8")
 
 
-def check_writable(*paths: PathLike | None) -> None:
-    """FileNotFoundError or IsADirectoryError for a path that no file can be written to, before any work is done."""
-    for path in paths:
+def check_writable(paths: Mapping[str, PathLike | None]) -> None:
+    """OSError for a path that no file can be written to, before any work is done; `paths` by the argument's name."""
+    for name, path in paths.items():
         if path is None:
             continue
-        final = as_path(path)
-        if not final.absolute().parent.is_dir():
-            raise FileNotFoundError(f"path must name a file in an existing folder, got {str(final)!r}")
+        final = as_path(path).absolute()
+        if not final.parent.is_dir():
+            raise FileNotFoundError(f"{name} must name a file in an existing folder, got {str(path)!r}")
         if final.is_dir():
-            raise IsADirectoryError(f"path must name a file, got the folder {str(final)!r}")
+            raise IsADirectoryError(f"{name} must name a file, got the folder {str(path)!r}")
+        if not os.access(final.parent, os.W_OK):
+            raise PermissionError(f"{name} must name a file in a folder that can be written to, got {str(path)!r}")
+
+
+def check_folder(name: str, path: PathLike) -> None:
+    """OSError for a path that is no folder and that none can be made at; `name` is the argument's."""
+    given = as_path(path).absolute()
+    there = next(part for part in (given, *given.parents) if part.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{name} must be a folder, or a place for one, but {str(there)!r} is a file")
+    if not os.access(there, os.W_OK):
+        raise PermissionError(f"{name} must be a folder that can be written to, got {str(path)!r}")
 
 
 def keypoint_rows(scores: Scores, alphas: Sequence[float], aware: NDArray[np.bool_] | None = None) -> list[Row]:

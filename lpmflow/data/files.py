@@ -105,13 +105,15 @@ def find_file(root: Path, name: str, what: str) -> Path:
     """The file that a list below `root` calls `name`, such as PF-dataset/car(G)/Cars_006a.png.
 
     Lists begin their names at different folders, so leading ones that are not there are left out, but for the last
-    folder. Raises FileNotFoundError saying `what` record asks for it, ValueError for a name that leads out of `root`.
+    folder. Raises FileNotFoundError saying `what` record asks for it and where it is wanted, ValueError for a name that
+    leads out of `root`.
     """
     parts = PurePosixPath(name.replace("\\", "/")).parts
     if not parts or ".." in parts or PurePosixPath(name).is_absolute():
         raise ValueError(f"{what}: must name a file below {root}, got {name!r}")
-    for first in range(max(1, len(parts) - 1)):
-        found = root.joinpath(*parts[first:])
-        if found.is_file():
-            return found
-    raise FileNotFoundError(f"{what}: there is no file {root.joinpath(*parts)}")
+    places = [root.joinpath(*parts[first:]) for first in range(max(1, len(parts) - 1))]
+    for place in places:
+        if place.is_file():
+            return place
+    wanted = next((place for place in places if place.parent.is_dir()), places[-1])
+    raise FileNotFoundError(f"{what}: there is no file {wanted}")

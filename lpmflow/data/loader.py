@@ -12,11 +12,10 @@ they are gone after every epoch.
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +25,7 @@ from torch.utils.data import Dataset, get_worker_info
 from lpmflow.data.pairs import KeypointPair, require_inside
 from lpmflow.geometry import Size, pixels_to_cells
 from lpmflow.images import load_image
+from lpmflow.memory import free_memory
 
 
 class PairSample(NamedTuple):
@@ -62,14 +62,15 @@ class PairDataset(Dataset[PairSample]):
     free when the first is read, shared among the workers; the ones not used for longest go first.
     """
 
-    def __init__(self, pairs: Sequence[KeypointPair], size: Size | None = None, *, cache_bytes: int = 1 << 30) -> None:
-        """Raises ValueError when `size` is not (height, width) of at least 1, or `cache_bytes` is below 0."""
-        if size is not None and min(size) < 1:
-            raise ValueError(f"size must be (height, width), both at least 1, got {size}")
+    def __init__(
+        self, pairs: Sequence[KeypointPair], size: Size | int | None = None, *, cache_bytes: int = 1 << 30
+    ) -> None:
+        """`size` is (height, width), one number for a square, or None. Raises ValueError when it is none of these or a
+        side is below 1, or when `cache_bytes` is below 0."""
         if cache_bytes < 0:
             raise ValueError(f"cache_bytes must be at least 0, got {cache_bytes}")
         self.pairs = list(pairs)
-        self.size = size
+        self.size = None if size is None else _sides(size)
         self.cache_bytes = cache_bytes
         self._cache: _Cache | None = None
 
@@ -143,6 +144,13 @@ def collate(samples: Sequence[PairSample]) -> PairBatch:
     )
 
 
+def _sides(size: Any) -> Size:
+    sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
+        raise ValueError(f"size must be (height, width) or one number, whole ones of at least 1, got {size!r}")
+    return sides
+
+
 class _Cache:
     """Photographs by path, up to a number of bytes; the ones not used for longest go first."""
 
@@ -173,11 +181,4 @@ class _Cache:
 def _share_of_free_memory() -> int:
     """A quarter of the memory that is free, divided by the number of workers."""
     worker = get_worker_info()
-    return _free_memory() // 4 // (worker.num_workers if worker is not None else 1)
-
-
-def _free_memory() -> int:
-    """Bytes that programs can still have, those that only hold copies of files included; no bound off Linux."""
-    meminfo = Path("/proc/meminfo")
-    found = re.search(r"^MemAvailable:\s*(\d+) kB", meminfo.read_text(), re.MULTILINE) if meminfo.exists() else None
-    return 1024 * int(found[1]) if found is not None else 1 << 62
+    return free_memory() // 4 // (worker.num_workers if worker is not None else 1)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lpmflow.config import LPMFlowConfig
+from lpmflow.memory import require_room
 from lpmflow.model.backbone import ResizedPositions, ViTBackbone
 from lpmflow.model.lpmflow import LPMFlow
 from lpmflow.model.released import check_names, is_released
@@ -86,12 +87,15 @@ def load_checkpoint(path: str | os.PathLike[str], **overrides: Any) -> LPMFlow:
     `overrides` change fields of the configuration: for our files `image_size` (tables are resized to the new grid),
     `input_size`, `windows`, `temperature`, the dropouts and RPTC's, which the weights do not depend on; for a
     released file, which stores no configuration, any field. Raises OSError when the file is missing or corrupt,
-    ValueError when it holds something else or when another field is overridden.
+    ValueError when it holds something else, when another field is overridden, or when a pair of that `image_size` takes
+    more memory than there is.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
         stored, tensors, trained = _read_safetensors(path)
         config = stored.replace(**overrides)
+        if config.image_size != stored.image_size:
+            require_room(config)
         changed = [name for name, value in stored.to_dict().items() if config.to_dict()[name] != value]
         if fixed := [name for name in changed if name not in _FREE]:
             raise ValueError(
@@ -172,8 +176,7 @@ def load_backbone(model: LPMFlow, path: str | os.PathLike[str]) -> None:
 
 def read_torch_file(path: Path) -> dict[str, Any]:
     """The dict in a .pth file, read without unpickling code; OSError or ValueError in one sentence otherwise."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+    _require_file(path)
     # A Namespace is plain data: DINO and iBOT keep their options in one. What is safe is said to the whole process,
     # hence the lock.
     allowing = getattr(torch.serialization, "safe_globals", None)
@@ -185,17 +188,31 @@ def read_torch_file(path: Path) -> dict[str, Any]:
                 raise
             foreign = re.search(r"GLOBAL (\S+)", str(error))
             reason = f"it holds {foreign[1]}" if foreign else f"{type(error).__name__} {error}".strip().split(". ")[0]
+            if not _is_torch_file(path):
+                reason = "it is no file that torch.save writes"
             raise OSError(f"{path} cannot be read as a PyTorch checkpoint of plain tensors: {reason}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a dict of tensors, got {type(content).__name__}")
     return content
 
 
+def _require_file(path: Path) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} must be a checkpoint file, and is a folder")
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+
+
+def _is_torch_file(path: Path) -> bool:
+    """Whether a file begins as a zip archive or a pickle does, which `torch.save` writes."""
+    with path.open("rb") as file:
+        return file.read(4).startswith((b"PK\x03\x04", b"\x80"))
+
+
 def _load_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+    _require_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

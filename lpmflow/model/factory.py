@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lpmflow.config import PRESETS, preset
+from lpmflow.memory import require_room
 from lpmflow.model.lpmflow import LPMFlow
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
@@ -27,8 +28,9 @@ def create_model(name: str, *, pretrained: bool = False, backbone_weights: Any =
         overrides: any field of `lpmflow.config.LPMFlowConfig`, such as `representation="isolated"`,
             `region_bias=False`, `cross_scale=False`, `windows=(8, 8, 8)`, `rptc_top_k=0`, `image_size=(256, 384)`.
 
-    Raises ValueError for an unknown name or a field that makes no sense, TypeError for an unknown field, ImportError
-    when the backbone needs timm and timm cannot be imported, OSError for a file that cannot be read.
+    Raises ValueError for an unknown name, a field that makes no sense or an image size that takes more memory than
+    there is, TypeError for an unknown field, ImportError when the backbone needs timm and timm cannot be imported,
+    OSError for a file that cannot be read.
     """
     from lpmflow.model.checkpoint import load_backbone, load_checkpoint
 
@@ -38,6 +40,8 @@ def create_model(name: str, *, pretrained: bool = False, backbone_weights: Any =
         if backbone_weights is not None:
             raise ValueError("backbone_weights cannot be combined with pretrained=True for a model that ships weights")
         return load_checkpoint(shipped, **overrides).train()
+    if config.image_size != preset(name).image_size:
+        require_room(config)
     model = LPMFlow(config, pretrained=pretrained and backbone_weights is None)
     if backbone_weights is not None:
         load_backbone(model, backbone_weights)

@@ -9,7 +9,6 @@ tokens of both images (the parity figures show it), so `encoder.pos_embed_trg` a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -75,8 +74,8 @@ def released_name(name: str) -> str:
     return name
 
 
-def released_parameter_shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(released name, shape) of every parameter of a released checkpoint that the network uses.
+def released_parameter_shapes() -> list[tuple[str, tuple[int, ...]]]:
+    """(released name, shape) of every parameter of a released checkpoint that the network uses; `dict` takes it.
 
     The network is built without memory for its weights. Raises ImportError when timm cannot be imported.
     """
@@ -84,8 +83,7 @@ def released_parameter_shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
 
     with torch.device("meta"):
         model = create_model("lpmflow-base")
-    for name, tensor in to_released(model).items():
-        yield name, tuple(tensor.shape)
+    return [(name, tuple(tensor.shape)) for name, tensor in to_released(model).items()]
 
 
 def to_released(model: LPMFlow) -> dict[str, Tensor]:
