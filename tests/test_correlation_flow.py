@@ -198,6 +198,36 @@ def test_memory_does_not_grow_with_the_volume():
     assert peaks[96] - peaks[64] < 40, peaks  # tokens and results: 2.25 times as many, a few MiB
 
 
+@pytest.mark.parametrize("named", ["argument", "context", "context of one op", "environment"])
+def test_triton_computes_in_one_piece_however_it_is_named(named, monkeypatch):
+    """Its fusion takes no parts. What it would be called with is all that is looked at here."""
+    q, k, v, x, y = inputs(CASES[3])
+    parts = []
+    monkeypatch.setattr(module, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(module, "correlation", lambda *a, backend, **o: ops.correlation(*a, backend="reference", **o))
+
+    def fuse_part(*arguments):
+        parts.append(arguments[-1])
+        return module_of_fusion.fuse_part(*arguments[:-2], "reference", arguments[-1])
+
+    module_of_fusion = sys.modules["lpmflow.ops.cross_scale_fusion"]
+    monkeypatch.setattr(module, "fuse_part", fuse_part)
+    options = {"source_grid": (4, 3), "target_grid": (8, 6), "x": x, "y": y}
+    if named == "argument":
+        correlation_flow_function(q, k, v, **options, backend="triton")
+    elif named == "environment":
+        monkeypatch.setenv("LPMFLOW_BACKEND", "cross_scale_fusion=triton")
+        correlation_flow_function(q, k, v, **options)
+    else:
+        context = {"backend": "triton"} if named == "context" else {"cross_scale_fusion": "triton"}
+        with ops.use_backend(**context):
+            correlation_flow_function(q, k, v, **options)
+    assert parts == [None]
+    monkeypatch.delenv("LPMFLOW_BACKEND", raising=False)
+    correlation_flow_function(q, k, v, **options)
+    assert len(parts) == 1 + 4 and None not in parts[1:]
+
+
 def test_refusals_name_the_argument():
     q, k, v, x, y = inputs(CASES[3])
     grids = {"source_grid": (4, 3), "target_grid": (8, 6)}

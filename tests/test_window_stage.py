@@ -250,6 +250,7 @@ def test_forward_mode():
 @native_only
 def test_the_operator_itself_refuses_gradients_and_vmap():
     x, weights, sizes = inputs((1, 3, 4, 6, 2, 2, 8))
+    importlib.import_module("lpmflow_kernels.native.window_stage")
     run = torch.ops.lpmflow.window_stage_native
     out = run(x.requires_grad_(), list(weights), *sizes.values(), 1e-5)
     with pytest.raises(RuntimeError, match="window_stage: the native backend does this for inference only"):

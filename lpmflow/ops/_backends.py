@@ -79,7 +79,7 @@ def choose(op: str, backend: str | None, device_type: str, fits: Callable[[str],
 
     Raises ValueError for an unknown name, RuntimeError with the reason when the named backend cannot run.
     """
-    named = backend if backend is not None else _from_context(op)
+    named = named_backend(op, backend)
     if named is None:
         for candidate in FASTEST.get((op, device_type), ()):
             if why_not(op, candidate) is None and fits(candidate) is None:
@@ -131,7 +131,10 @@ def backend_report() -> dict[str, dict[str, str | None]]:
     return {op: {backend: why_not(op, backend) for backend in BACKENDS} for op in OPS}
 
 
-def _from_context(op: str) -> str | None:
+def named_backend(op: str, backend: str | None) -> str | None:
+    """What the caller named, by the argument `backend`, by `use_backend` or by LPMFLOW_BACKEND; None: it is free."""
+    if backend is not None:
+        return backend
     chosen = _named.get()
     if chosen is not None and op in chosen:
         return chosen[op]

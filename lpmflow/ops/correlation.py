@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lpmflow import reference
 from lpmflow.ops._autocast import without_autocast
-from lpmflow.ops._autodiff import NO_TANGENT, has_tangent, needs_gradient
+from lpmflow.ops._autodiff import needs_gradient, why_no_kernel
 from lpmflow.ops._backends import choose, why_no_backward
 from lpmflow.ops._checks import check_count, check_like, check_shape, check_tensor
 
@@ -31,8 +31,9 @@ def correlation(
         attended (B, H, N, D) in q's dtype, and corr (B, N - prefix, M - prefix) in float32 (float64 for float64),
         rows in [0, H]. Both are differentiable in q, k and v. Autocast does not reach inside.
 
-    The backends other than "reference" have first derivatives only, backward-mode, and no `torch.func.vmap`: where
-    tensors carry a forward-mode tangent the reference is chosen, a second derivative or vmap raises RuntimeError.
+    The backends other than "reference" have first derivatives only, backward-mode. Within `torch.func` (grad, vmap,
+    ...) and where tensors carry a forward-mode tangent the reference is chosen, and another backend named there raises
+    RuntimeError; so does the derivative of a derivative (`create_graph=True`), unless backend="reference".
 
     Raises TypeError or ValueError naming the argument, RuntimeError when the named backend cannot run.
     """
@@ -63,9 +64,9 @@ def correlation(
 
 def _why_not(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """None when an installed backend can compute with tensors like these, else the reason in one sentence."""
-    reason: str | None = None
-    if backend != "reference" and has_tangent(q, k, v):
-        return NO_TANGENT
+    reason = why_no_kernel(q, k, v)
+    if reason is not None:
+        return reason
     if backend == "native":
         from lpmflow_kernels.native import correlation as native
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lpmflow import reference
-from lpmflow.ops._autodiff import needs_gradient
+from lpmflow.ops._autodiff import needs_gradient, transformed
+from lpmflow.ops._backends import named_backend
 from lpmflow.ops._checks import check_count, check_grid, check_shape, check_temperature, check_tensor
 from lpmflow.ops.correlation import correlation
 from lpmflow.ops.cross_scale_fusion import coordinate_table, fuse_part
@@ -65,7 +66,9 @@ def correlation_flow(
     `BLOCK_BYTES` is never whole in memory: it is computed a block of source lines at a time, of that size or of the
     line or two that a row of the result needs, each block is turned into flow and dropped, and where a gradient is
     needed computed again for it (`torch.utils.checkpoint`). Memory then grows with the number of tokens, N + M, and not
-    with N M. Computed in blocks, it cannot be traced as one graph by `torch.compile`, nor used in `torch.func`.
+    with N M. Computed in blocks, it cannot be traced as one graph by `torch.compile`.
+    Within `torch.func`, and on the triton backend, it is computed in one piece whatever the size. Derivatives are those
+    of the two ops.
 
     Args:
         q: (B, H, N, D) queries, N = prefix + cells of `source_grid`; k, v: (B, H, M, D), M = prefix + cells of
@@ -74,8 +77,7 @@ def correlation_flow(
         out_grid: (h, w) of the result; the one of the two grids with more cells when None.
         scale, prefix: as in `correlation`.
         temperature, x, y: as in `cross_scale_fusion`.
-        backend: for both parts; None chooses for each. "triton" computes in one piece whatever the size; "native" on
-            CUDA devices has gradients in one piece only.
+        backend: for both parts; None chooses for each. "native" on CUDA devices has gradients in one piece only.
 
     Raises TypeError or ValueError naming the argument, RuntimeError when the named backend cannot run.
     """
@@ -99,7 +101,8 @@ def correlation_flow(
         mapping, confidence = fuse_part(corr, source, target, out, temperature, x, y, backend, part)
         return attended, mapping, confidence
 
-    whole = backend == "triton" or volume_fits(q.shape[0], source, target, exact)
+    fused_by_triton = named_backend("cross_scale_fusion", backend) == "triton"  # which takes no parts
+    whole = fused_by_triton or transformed() or volume_fits(q.shape[0], source, target, exact)
     line_bytes = max(q.shape[0] * source[1] * math.prod(target) * exact.itemsize, 1)
     # where rows are interpolated a block has the first line of the next one too
     at_once = source[0] if whole else max(BLOCK_BYTES // line_bytes - (source != out), 1)

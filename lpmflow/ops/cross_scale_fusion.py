@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lpmflow import reference
 from lpmflow.ops._autocast import without_autocast
-from lpmflow.ops._autodiff import NO_TANGENT, has_tangent, needs_gradient
+from lpmflow.ops._autodiff import needs_gradient, why_no_kernel
 from lpmflow.ops._backends import choose, why_no_backward
 from lpmflow.ops._checks import check_grid, check_like, check_shape, check_temperature, check_tensor
 
@@ -56,8 +56,8 @@ def cross_scale_fusion(
         mapping (B, S, 2, h, w), channel 0 = x, float32 (float64 for float64); `FusedFlow` with `return_confidence`.
 
     The mapping is differentiable in the correlations and in x and y; the confidence is not differentiable. The backends
-    other than "reference" have first derivatives only, backward-mode, and no `torch.func.vmap`, as in `correlation`,
-    and never hold the interpolated (h w) x (h w) volume.
+    other than "reference" never hold the interpolated (h w) x (h w) volume, and have first derivatives only,
+    backward-mode, with the same choices and refusals in `torch.func` and for other derivatives as in `correlation`.
 
     Raises TypeError or ValueError naming the argument, RuntimeError when the named backend cannot run.
     """
@@ -138,9 +138,9 @@ def _run(
 
 def _why_not(backend: str, corr: Tensor, tensors: tuple[Tensor, ...], part: tuple[int, int, int] | None) -> str | None:
     """None when an installed backend can compute with tensors like these, else the reason in one sentence."""
-    if backend != "reference" and has_tangent(*tensors):
-        return NO_TANGENT
-    reason: str | None = None
+    reason = why_no_kernel(*tensors)
+    if reason is not None:
+        return reason
     if backend == "native":
         from lpmflow_kernels.native import cross_scale_fusion as native
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lpmflow import reference
 from lpmflow.ops._autocast import without_autocast
-from lpmflow.ops._autodiff import NO_TANGENT, has_tangent
+from lpmflow.ops._autodiff import why_no_kernel
 from lpmflow.ops._backends import choose
 from lpmflow.ops._checks import check_count, check_grid, check_like, check_shape, check_tensor
 
@@ -39,8 +39,8 @@ def region_attention(
     Returns:
         (B, H, N, D) in q's dtype, differentiable in q, k, v and bias_table. Autocast does not reach inside.
 
-    The backends other than "reference" have first derivatives only, backward-mode, and no `torch.func.vmap`, as in
-    `correlation`, and never hold an N x N matrix.
+    The backends other than "reference" never hold an N x N matrix, and have first derivatives only, backward-mode, with
+    the same choices and refusals in `torch.func` and for other derivatives as in `correlation`.
 
     Raises TypeError or ValueError naming the argument, RuntimeError when the named backend cannot run.
     """
@@ -71,9 +71,9 @@ def region_attention(
 
 def _why_not(backend: str, q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor) -> str | None:
     """None when an installed backend can compute with tensors like these, else the reason in one sentence."""
-    if backend != "reference" and has_tangent(q, k, v, bias_table):
-        return NO_TANGENT
-    reason: str | None = None
+    reason = why_no_kernel(q, k, v, bias_table)
+    if reason is not None:
+        return reason
     if backend == "native":
         from lpmflow_kernels.native import region_attention as native
 

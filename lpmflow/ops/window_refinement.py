@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lpmflow import reference
 from lpmflow.ops._autocast import without_autocast
-from lpmflow.ops._autodiff import NO_TANGENT, has_tangent
+from lpmflow.ops._autodiff import why_no_kernel
 from lpmflow.ops._backends import choose
 from lpmflow.ops._checks import check_count, check_shape, check_tensor
 
@@ -30,8 +30,9 @@ def window_attention(
     Returns:
         (B, H, W, C) in qkv's dtype, differentiable in qkv and bias_table. Autocast does not reach inside.
 
-    The backends other than "reference" have first derivatives only, backward-mode, and no `torch.func.vmap`: where
-    tensors carry a forward-mode tangent the reference is chosen, a second derivative or vmap raises RuntimeError.
+    The backends other than "reference" have first derivatives only, backward-mode. Within `torch.func` (grad, vmap,
+    ...) and where tensors carry a forward-mode tangent the reference is chosen, and another backend named there raises
+    RuntimeError; so does the derivative of a derivative (`create_graph=True`), unless backend="reference".
 
     Raises TypeError or ValueError naming the argument, RuntimeError when the named backend cannot run.
     """
@@ -58,10 +59,8 @@ def window_attention(
 
 def why_not_attention(backend: str, qkv: Tensor, bias_table: Tensor) -> str | None:
     """None when an installed backend can compute with tensors like these, else the reason in one sentence."""
-    reason: str | None = None
-    if backend != "reference" and has_tangent(qkv, bias_table):
-        reason = NO_TANGENT
-    elif backend == "native":
+    reason = why_no_kernel(qkv, bias_table)
+    if reason is None and backend == "native":
         from lpmflow_kernels.native import window_refinement as native
 
         reason = native.why_not(qkv)

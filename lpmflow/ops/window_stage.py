@@ -40,7 +40,7 @@ def window_stage(
     On the CPU the native backend computes the whole stage in one pass over the map, where nothing asks for a gradient,
     autocast is off, everything is float32 or everything float64, and the stage is narrow enough for its weights to
     stay in the cache. Elsewhere the layers run one by one, the backend does the attention among them, and everything
-    is differentiable.
+    is differentiable, with other derivatives and `torch.func` as in `window_attention`.
 
     Raises TypeError or ValueError naming the argument, RuntimeError when the named backend cannot run.
     """
