@@ -105,6 +105,12 @@ def row_alignment(*tensors: Tensor) -> int:
     return 16 if aligned and all(x.data_ptr() % 16 == 0 for x in tensors) else 1
 
 
+def strided(pointer: str, x: Tensor | None, stride: str, axes: str) -> dict[str, Any]:
+    """The arguments for a tensor and the strides of its first axes: None and zeros where there is none."""
+    steps = (0,) * len(axes) if x is None else x.stride()[: len(axes)]
+    return {pointer: x, **{f"{stride}{axis}": step for axis, step in zip(axes, steps, strict=True)}}
+
+
 def define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """The operator `lpmflow::name`, on CUDA devices and, where Triton interprets its kernels, on the CPU."""
     op = f"lpmflow::{name}"

@@ -24,11 +24,12 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lpmflow_kernels import correlation, cross_scale_fusion
+from lpmflow_kernels import correlation, cross_scale_fusion, region_attention
 from lpmflow_kernels._launch import DTYPES, Launch, Tiles, keep_launches
 
-# Head widths of correlation, and sides of the output grid of cross_scale_fusion.
-SIZES = {"correlation": (12, 24, 32, 64, 96, 128, 160, 256), "cross_scale_fusion": (24, 32, 64)}
+# Head widths of correlation and region_attention, and sides of the output grid of cross_scale_fusion.
+WIDTHS = (12, 24, 32, 64, 96, 128, 160, 256)
+SIZES = {"correlation": WIDTHS, "cross_scale_fusion": (24, 32, 64), "region_attention": WIDTHS}
 CAPABILITIES = (80, 90, 100)
 # Bytes a thread. ptxas puts a value or two aside, from before a loop to after it, where that lets one more program run
 # on a multiprocessor at the same time; to be short of registers costs hundreds.
@@ -109,10 +110,22 @@ def cross_scale_fusion_launches(dtype: torch.dtype, side: int) -> list[tuple[str
     return found
 
 
+def region_attention_launches(dtype: torch.dtype, width: int) -> list[tuple[str, Launch]]:
+    """Forward and backward of two grids of 16 x 16, as the base network has them."""
+    q, k, v = (torch.empty((2, 8, 514, width), dtype=dtype, device="meta") for _ in range(3))
+    inputs = (q, k, v, torch.empty((8, 3844), device="meta"), [16, 16, 16, 16], 1)
+    with keep_launches() as kept:
+        outputs = region_attention.forward(*inputs)
+        region_attention.backward(outputs[0], *inputs, *outputs)
+    by_kernel = {launch.kernel: launch for launch in kept}  # the backward lays out the table once more
+    return [("", launch) for launch in by_kernel.values()]
+
+
 # Op -> its launches for an input type and a size. A new op adds a line.
 LAUNCHES: dict[str, Callable[[torch.dtype, int], list[tuple[str, Launch]]]] = {
     "correlation": correlation_launches,
     "cross_scale_fusion": cross_scale_fusion_launches,
+    "region_attention": region_attention_launches,
 }
 
 
@@ -133,7 +146,7 @@ def compile_launch(label: str, launch: Launch, capability: int) -> Compiled:
         if isinstance(value, Tensor) or (type(value) is int and value % 16 == 0):
             attributes[path] = [["tt.divisibility", 16]]
         if isinstance(value, Tensor):
-            return f"*{_TYPES[value.dtype]}"
+            return f"*{'i32' if value.dtype == torch.int32 else _TYPES[value.dtype]}"
         return "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"
 
     for index, (name, value) in enumerate(launch.arguments.items()):

@@ -41,6 +41,7 @@ from lpmflow_kernels._launch import (
     launch,
     refuse_second_order,
     row_alignment,
+    strided,
     why_not_on_device,
 )
 from lpmflow_kernels._tiles import (
@@ -231,9 +232,9 @@ def backward(
         return -dq, dk, dv
     arguments = _arguments(q, k, v, scale, prefix)
     arguments |= {"p_attended": attended, "p_largest": stats[0], "p_inverse": stats[1]}
-    arguments |= _strided("p_da", grad_corr, "stride_a", "bnm")
+    arguments |= strided("p_da", grad_corr, "stride_a", "bnm")
     grad_attended = None if grad_attended is None else dense_rows(grad_attended)
-    arguments |= _strided("p_do", grad_attended, "stride_o", "bhn")
+    arguments |= strided("p_do", grad_attended, "stride_o", "bhn")
     if grad_attended is not None:
         arguments["ALIGN"] = min(arguments["ALIGN"], row_alignment(attended, grad_attended))
     arguments |= {"p_delta": torch.empty_like(stats[0]), "p_dq": dq, "p_dk": dk, "p_dv": dv}
@@ -252,9 +253,9 @@ def _arguments(q: Tensor, k: Tensor, v: Tensor, scale: float, prefix: int) -> di
     width = q.shape[-1]
     head, tail = split_width(width)
     return {
-        **_strided("p_q", q, "stride_q", "bhn"),
-        **_strided("p_k", k, "stride_k", "bhm"),
-        **_strided("p_v", v, "stride_v", "bhm"),
+        **strided("p_q", q, "stride_q", "bhn"),
+        **strided("p_k", k, "stride_k", "bhm"),
+        **strided("p_v", v, "stride_v", "bhm"),
         "H": q.shape[1],
         "N": q.shape[2],
         "M": k.shape[2],
@@ -266,12 +267,6 @@ def _arguments(q: Tensor, k: Tensor, v: Tensor, scale: float, prefix: int) -> di
         "D1": tail,
         "ALIGN": row_alignment(q, k, v),
     }
-
-
-def _strided(pointer: str, x: Tensor | None, stride: str, axes: str) -> dict[str, Any]:
-    """The arguments for a tensor and the strides of its first axes: None and zeros where there is none."""
-    steps = (0,) * len(axes) if x is None else x.stride()[: len(axes)]
-    return {pointer: x, **{f"{stride}{axis}": step for axis, step in zip(axes, steps, strict=True)}}
 
 
 def _launch_per_head(kernel: Any, name: str, x: Tensor, arguments: dict[str, Any]) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lpmflow.ops import region_bias
+
 LAYOUTS = ("contiguous", "fused", "transposed", "strided", "expanded")
 FLOOR = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
@@ -31,6 +33,15 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     if layout == "expanded":  # all heads are the first one
         return x[:, :1].expand_as(x)
     raise ValueError(layout)
+
+
+def einsum_region_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor, *, source_grid: Any, target_grid: Any, prefix: int
+) -> Tensor:
+    """`region_attention` as eager code computes it in q's own type, where the reference goes to float32."""
+    bias = region_bias(bias_table.to(q.dtype), source_grid, target_grid, prefix)
+    logits = torch.einsum("bhnd,bhmd->bhnm", q * q.shape[-1] ** -0.5, k) + bias
+    return torch.einsum("bhnm,bhmd->bhnd", logits.softmax(-1), v)
 
 
 def assert_within_budget(name: str, found: Tensor, same_dtype: Tensor, exact: Tensor, factor: float) -> None:

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from lpmflow_kernels import compile_report, correlation, cross_scale_fusion  # noqa: E402
+from lpmflow_kernels import compile_report, correlation, cross_scale_fusion, region_attention  # noqa: E402
 from lpmflow_kernels._launch import Tiles, keep_launches  # noqa: E402
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -43,6 +43,33 @@ def test_correlation_compiles_without_spills(dtype, width, capability):
         assert compiled.fault() is None
         if dtype != "fp32":
             assert compiled.multiplier == {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}[capability], compiled.kernel
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "capability"), [("bf16", 96, 90), ("bf16", 96, 80), ("fp16", 96, 100), ("fp32", 32, 90)]
+)
+def test_region_attention_compiles_without_spills(dtype, width, capability):
+    launches = compile_report.LAUNCHES["region_attention"](TYPES[dtype], width)
+    names = [launch.kernel.fn.__name__ for _, launch in launches]
+    assert names == ["lay_out_kernel", "attend_kernel", "dq_kernel", "dkv_kernel", "dtable_kernel"]
+    for label, launch in launches:
+        compiled = compile_report.compile_launch(label, launch, capability)
+        assert compiled.fault() is None
+        if dtype != "fp32" and compiled.kernel != "lay_out":
+            assert compiled.multiplier == {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}[capability], compiled.kernel
+
+
+@pytest.mark.parametrize("grids", [(1, 1, 1, 1), (1, 5, 70, 1)])
+def test_region_attention_of_single_rows_compiles(grids):
+    hs, ws, ht, wt = grids
+    q = torch.empty(1, 1, hs * ws + ht * wt, 1, device="meta")
+    table = torch.empty(1, (2 * max(hs, ht) - 1) * (2 * max(ws, wt) - 1) * 4, device="meta")
+    with keep_launches() as launches:
+        outputs = region_attention.forward(q, q, q, table, list(grids), 0)
+        region_attention.backward(outputs[0], q, q, q, table, list(grids), 0, *outputs)
+    assert len(launches) == 6
+    for launch in launches:
+        assert compile_report.compile_launch("", launch, 80).registers > 0
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ BACKENDS = ("reference", "native", "triton")
 OPS = ("correlation", "cross_scale_fusion", "window_attention", "region_attention")
 
 # Backend -> the ops it has.
-KERNELS = {"native": OPS, "triton": ("correlation", "cross_scale_fusion")}
+KERNELS = {"native": OPS, "triton": ("correlation", "cross_scale_fusion", "region_attention")}
 
 # The automatic choice: (op, device type) -> the backends worth trying, best first. Measured by `pytest benchmarks/`;
 # the reference is always the last. A CUDA kernel enters only with a record of its tests on real hardware, which

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from lpmflow import reference
@@ -60,13 +62,17 @@ def region_attention(
     if bias_table.device != q.device:
         raise ValueError(f"{OP}: bias_table must be on q's device {q.device}, got {bias_table.device}")
     chosen = choose(OP, backend, q.device.type, lambda name: _why_not(name, q, k, v, bias_table))
-    run = reference.region_attention
-    if chosen == "native":
-        from lpmflow_kernels.native import region_attention as native
-
-        run = native.region_attention
+    arguments: dict[str, Any] = {"source_grid": source, "target_grid": target, "prefix": prefix}
     with without_autocast(q.device):
-        return run(q, k, v, bias_table, source_grid=source, target_grid=target, prefix=prefix)
+        if chosen == "native":
+            from lpmflow_kernels.native import region_attention as native
+
+            return native.region_attention(q, k, v, bias_table, **arguments)
+        if chosen == "triton":
+            from lpmflow_kernels import region_attention as triton
+
+            return triton.region_attention(q, k, v, bias_table, **arguments)
+        return reference.region_attention(q, k, v, bias_table, **arguments)
 
 
 def _why_not(backend: str, q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor) -> str | None:
@@ -78,4 +84,8 @@ def _why_not(backend: str, q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor) 
         from lpmflow_kernels.native import region_attention as native
 
         reason = native.why_not(q)
+    elif backend == "triton":
+        from lpmflow_kernels import region_attention as triton
+
+        reason = triton.why_not(q)
     return reason
