@@ -94,6 +94,24 @@ def test_architectures(build, monkeypatch, tmp_path):
     assert build.cuda_archs(str(nvcc)) == ["86", "90a"]
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+def test_openmp_needs_its_runtime_library(build, tmp_path):
+    """A compiler that knows the option but lacks the library, as some clang packages, would make a broken module."""
+    without = """
+for argument; do
+    case $argument in
+        *.cpp) g++ -fopenmp -fPIC -c "$argument" -o "$argument.o" && object=$argument.o ;;
+        -shared) options=$argument ;;
+    esac
+    last=$argument
+done
+exec g++ $options "$object" -o "$last"
+"""
+    assert not build.has_openmp(str(script(tmp_path, "clang++", without)))
+    text = build.ninja_file(tmp_path / "_native.so", "clang++", None, [], openmp=False)
+    assert "-fopenmp" not in text and "-Wno-unknown-pragmas" in text
+
+
 def test_what_nvcc_is_told_of_the_compiler(build, tmp_path):
     assert build.host_compiler("g++") == "g++"
     assert build.host_compiler("ccache /opt/my\\ tools/g++ -m64") == "/opt/my tools/g++"

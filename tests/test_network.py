@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 
 import pytest
@@ -147,6 +148,21 @@ def test_correlations_too_large_to_hold_are_streamed(vit, monkeypatch, training)
         gradients.append(torch.autograd.grad(out.flow.square().sum(), parameters))
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_in_double_precision_they_are_twice_as_large(vit, monkeypatch):
+    model = vit().eval()
+    source, target = images()
+    size = len(source) * math.prod(model.config.fine_grid) ** 2 * 4
+    monkeypatch.setattr(sys.modules["lpmflow.ops.correlation_flow"], "BLOCK_BYTES", size)
+    streamed = []
+    correlate = model.integration.correlate
+    monkeypatch.setattr(model.integration, "correlate", lambda *a, **o: streamed.append(1) or correlate(*a, **o))
+    with torch.inference_mode():
+        model(source, target)
+        assert not streamed
+        model.double()(source.double(), target.double())
+        assert len(streamed) == 4
 
 
 def test_pairs_of_a_batch_are_independent(vit):

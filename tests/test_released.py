@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from conftest import on_meta
 from torch import Tensor
 
 import lpmflow
@@ -112,7 +113,7 @@ def model() -> LPMFlow:
 
 def fresh(**options) -> LPMFlow:
     """A network of the same shape without numbers: what is not loaded shows as an error."""
-    with torch.device("meta"):
+    with on_meta():
         return create_model("lpmflow-tiny", **{**SMALL, **options})
 
 

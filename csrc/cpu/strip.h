@@ -73,10 +73,10 @@ template <class T>
 void transpose(int64_t rows, int64_t columns, const T* from, int64_t from_row, T* to, int64_t to_row) {
   using Vec = typename Quad<T>::Vec;
   using Index [[maybe_unused]] = typename Quad<T>::Index;
-  int64_t i = 0;
-  for (; i + 4 <= rows; i += 4) {
-    int64_t j = 0;
-    for (; j + 4 <= columns; j += 4) {
+  // Known before the loops: of a constant number of rows nothing is left over, and no loop for the rest comes into being.
+  const int64_t whole_rows = rows / 4 * 4, whole_columns = columns / 4 * 4;
+  for (int64_t i = 0; i < whole_rows; i += 4) {
+    for (int64_t j = 0; j < whole_columns; j += 4) {
       Vec x[4];
       for (int k = 0; k < 4; ++k) std::memcpy(&x[k], from + (i + k) * from_row + j, sizeof(Vec));
       const Vec a = LPMFLOW_SHUFFLE(x[0], x[1], 0, 4, 1, 5), b = LPMFLOW_SHUFFLE(x[0], x[1], 2, 6, 3, 7);
@@ -87,11 +87,11 @@ void transpose(int64_t rows, int64_t columns, const T* from, int64_t from_row, T
       x[3] = LPMFLOW_SHUFFLE(b, d, 2, 3, 6, 7);
       for (int k = 0; k < 4; ++k) std::memcpy(to + (j + k) * to_row + i, &x[k], sizeof(Vec));
     }
-    for (; j < columns; ++j) {
+    for (int64_t j = whole_columns; j < columns; ++j) {
       for (int k = 0; k < 4; ++k) to[j * to_row + i + k] = from[(i + k) * from_row + j];
     }
   }
-  for (; i < rows; ++i) {
+  for (int64_t i = whole_rows; i < rows; ++i) {
     for (int64_t j = 0; j < columns; ++j) to[j * to_row + i] = from[i * from_row + j];
   }
 }

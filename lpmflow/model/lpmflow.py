@@ -96,7 +96,8 @@ class LPMFlow(nn.Module):
             task = rptc_loss(source_tokens.float(), positions, config.coarse_grid, config.rptc_temperature)
         tokens_and_features = (source_tokens, target_tokens, fine if config.fine_features else None)
         correlations: tuple[Tensor, ...] | None = None
-        if return_correlations or ops.volume_fits(source.shape[0], config.fine_grid, config.fine_grid):
+        exact = torch.promote_types(source_tokens.dtype, torch.float32)
+        if return_correlations or ops.volume_fits(source.shape[0], config.fine_grid, config.fine_grid, exact):
             correlations, source_fine = self.superres(*tokens_and_features, correlation)
             mappings, confidences = self.integration.fuse(correlations)
         else:  # more than is worth holding
