@@ -228,6 +228,21 @@ def test_triton_computes_in_one_piece_however_it_is_named(named, monkeypatch):
     assert len(parts) == 1 + 4 and None not in parts[1:]
 
 
+@pytest.mark.parametrize("case", [CASES[2], CASES[4]], ids=str)
+def test_inference_compiles_whole(case, pieces):
+    options = {"source_grid": case[0], "target_grid": case[1], "out_grid": case[2], "prefix": case[3]}
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        found = correlation_flow_function(q, k, v, **options)
+        return found.mapping.square().sum((1, 2, 3)) + found.attended.sum((1, 2, 3))
+
+    torch._dynamo.reset()  # the size of the pieces is patched behind its back
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for batch in (1, 3):
+        q, k, v, _, _ = inputs(case, batch=batch)
+        torch.testing.assert_close(compiled(q, k, v), run(q, k, v))
+
+
 def test_refusals_name_the_argument():
     q, k, v, x, y = inputs(CASES[3])
     grids = {"source_grid": (4, 3), "target_grid": (8, 6)}

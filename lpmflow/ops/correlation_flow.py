@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lpmflow import reference
 from lpmflow.ops._autodiff import needs_gradient, transformed
-from lpmflow.ops._backends import named_backend
+from lpmflow.ops._backends import _constant, named_backend
 from lpmflow.ops._checks import check_count, check_grid, check_shape, check_temperature, check_tensor
 from lpmflow.ops.correlation import correlation
 from lpmflow.ops.cross_scale_fusion import coordinate_table, fuse_part
@@ -66,7 +66,7 @@ def correlation_flow(
     `BLOCK_BYTES` is never whole in memory: it is computed a block of source lines at a time, of that size or of the
     line or two that a row of the result needs, each block is turned into flow and dropped, and where a gradient is
     needed computed again for it (`torch.utils.checkpoint`). Memory then grows with the number of tokens, N + M, and not
-    with N M. Computed in blocks, it cannot be traced as one graph by `torch.compile`.
+    with N M. Computed in blocks with a gradient, it cannot be traced as one graph by `torch.compile`; without, it can.
     Within `torch.func`, and on the triton backend, it is computed in one piece whatever the size. Derivatives are those
     of the two ops.
 
@@ -132,6 +132,13 @@ def volume_fits(batch: int, source_grid: Grid, target_grid: Grid, dtype: torch.d
     return batch * math.prod(source_grid) * math.prod(target_grid) * dtype.itemsize <= BLOCK_BYTES
 
 
+@_constant
+def _upper_lines(lines: int, rows: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """The upper line of each output row, in the kernels' type: its rounding decides between which lines a row lies."""
+    low, _, _ = reference.lines_of_rows(lines, rows, torch.empty(0, dtype=dtype, device="cpu"))
+    return tuple(low.tolist())
+
+
 def _blocks(source: Grid, out: Grid, at_once: int, dtype: torch.dtype) -> Iterator[_Block]:
     """Blocks of `at_once` lines; where rows are interpolated also the next line, which is in the next block again."""
     if source == out or at_once >= source[0]:
@@ -139,9 +146,7 @@ def _blocks(source: Grid, out: Grid, at_once: int, dtype: torch.dtype) -> Iterat
             count = min(at_once, source[0] - first)
             yield _Block(first, count, count, first, count if source == out else out[0])
         return
-    # in the kernels' type: its rounding decides between which lines a row lies
-    low, _, _ = reference.lines_of_rows(source[0], out[0], torch.empty(0, dtype=dtype))
-    upper: list[int] = low.tolist()
+    upper = _upper_lines(source[0], out[0], dtype)
     for first in range(0, source[0], at_once):
         own = min(at_once, source[0] - first)
         inside = [row for row, line in enumerate(upper) if first <= line < first + own]
