@@ -39,7 +39,7 @@ def program(tiles, H):
 
 @triton.jit
 def load_columns(p_rows, m_rows, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
-    """Columns FIRST to FIRST + WIDTH of rows of width D, zeros outside: [ROWS, WIDTH]."""
+    """Columns FIRST to FIRST + WIDTH of rows of width D, zeros outside: [..., ROWS, WIDTH]."""
     o_d = FIRST + tl.arange(0, WIDTH)[None, :]
     m_tile = m_rows & (o_d < D) if FIRST + WIDTH > D else m_rows
     b_tile = tl.load(p_rows + o_d, mask=m_tile, other=0.0)
@@ -48,14 +48,18 @@ def load_columns(p_rows, m_rows, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl
 
 @triton.jit
 def load_rows(p, o_rows, stride, rows, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr):
-    """Rows of a (rows, D) matrix, dense and `stride` apart, zeros past the last: ([ROWS, D0], [ROWS, D1]).
+    """Rows of a (rows, D) matrix, dense and `stride` apart, zeros past the last: ([ROWS, D0], [ROWS, D1])."""
+    return load_rows_at(p + o_rows.to(tl.int64)[:, None] * stride, (o_rows < rows)[:, None], D, D0, D1, ALIGN)
+
+
+@triton.jit
+def load_rows_at(p_rows, m_rows, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr):
+    """The rows of width D that begin at `p_rows` [..., ROWS, 1], dense, zeros where `m_rows` is not set.
 
     Every row begins at a multiple of ALIGN bytes: 16 lets loads be 16 bytes wide whatever the strides, 1 says nothing.
     """
-    p_rows = p + o_rows.to(tl.int64)[:, None] * stride
     if ALIGN > 1:
-        p_rows = tl.multiple_of(p_rows, [ALIGN, ALIGN])
-    m_rows = (o_rows < rows)[:, None]
+        p_rows = tl.multiple_of(p_rows, [ALIGN] * len(p_rows.shape))
     if D1 > 0:
         return load_columns(p_rows, m_rows, 0, D0, D), load_columns(p_rows, m_rows, D0, D1, D)
     else:
@@ -64,7 +68,7 @@ def load_rows(p, o_rows, stride, rows, D: tl.constexpr, D0: tl.constexpr, D1: tl
 
 @triton.jit
 def store_columns(p_rows, m_rows, b_tile, FIRST: tl.constexpr, D: tl.constexpr):
-    WIDTH: tl.constexpr = b_tile.shape[1]
+    WIDTH: tl.constexpr = b_tile.shape[-1]
     o_d = FIRST + tl.arange(0, WIDTH)[None, :]
     m_tile = m_rows & (o_d < D) if FIRST + WIDTH > D else m_rows
     tl.store(p_rows + o_d, round_to(b_tile, p_rows.dtype.element_ty), mask=m_tile)
@@ -73,11 +77,15 @@ def store_columns(p_rows, m_rows, b_tile, FIRST: tl.constexpr, D: tl.constexpr):
 @triton.jit
 def store_rows(p, b_rows, o_rows, stride, rows, D: tl.constexpr):
     """The inverse of `load_rows`; rounds to the matrix's type."""
-    p_rows = p + o_rows.to(tl.int64)[:, None] * stride
-    m_rows = (o_rows < rows)[:, None]
+    store_rows_at(p + o_rows.to(tl.int64)[:, None] * stride, (o_rows < rows)[:, None], b_rows, D)
+
+
+@triton.jit
+def store_rows_at(p_rows, m_rows, b_rows, D: tl.constexpr):
+    """The inverse of `load_rows_at`; rounds to the type stored."""
     store_columns(p_rows, m_rows, b_rows[0], 0, D)
     if len(b_rows) > 1:
-        store_columns(p_rows, m_rows, b_rows[1], b_rows[0].shape[1], D)
+        store_columns(p_rows, m_rows, b_rows[1], b_rows[0].shape[-1], D)
 
 
 @triton.jit
@@ -127,6 +135,19 @@ def add_product(b_sum, b_weights, b_rows, DTYPE: tl.constexpr):
         )
     else:
         return (tl.dot(b_w, b_rows[0], b_sum[0], input_precision="ieee"),)
+
+
+@triton.jit
+def product(b_weights, b_rows, DTYPE: tl.constexpr):
+    """weights rows, the weights [..., ROWS_SUM, ROWS] rounded to DTYPE, the type of the rows."""
+    b_w = round_to(b_weights, DTYPE)
+    if len(b_rows) > 1:
+        return (
+            tl.dot(b_w, b_rows[0], input_precision="ieee"),
+            tl.dot(b_w, b_rows[1], input_precision="ieee"),
+        )
+    else:
+        return (tl.dot(b_w, b_rows[0], input_precision="ieee"),)
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """`python -m lpmflow_kernels.compile_report`: what the compiler made of every Triton kernel, as a Markdown table.
 
 Compiles ahead of time, which needs no GPU, what the launchers would launch for each input type, size (a head width D,
-or the side of an output grid) and architecture, and exits with 1 when a kernel spills registers or wants more shared
-memory than there is.
+the side of an output grid, or a window) and architecture, and exits with 1 when a kernel spills registers or wants
+more shared memory than there is.
 Rows are kernels: the tile (queries x keys), warps and stages from the op's `configuration`, registers a thread, bytes
 spilled a thread, kilobytes of shared memory a program, and which instruction multiplies.
 """
@@ -24,12 +24,18 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lpmflow_kernels import correlation, cross_scale_fusion, region_attention
+from lpmflow_kernels import correlation, cross_scale_fusion, region_attention, window_refinement
 from lpmflow_kernels._launch import DTYPES, Launch, Tiles, keep_launches
 
-# Head widths of correlation and region_attention, and sides of the output grid of cross_scale_fusion.
+# Head widths of correlation and region_attention, sides of the output grid of cross_scale_fusion, windows of
+# window_attention.
 WIDTHS = (12, 24, 32, 64, 96, 128, 160, 256)
-SIZES = {"correlation": WIDTHS, "cross_scale_fusion": (24, 32, 64), "region_attention": WIDTHS}
+SIZES = {
+    "correlation": WIDTHS,
+    "cross_scale_fusion": (24, 32, 64),
+    "window_attention": (4, 7, 8, 12, 16, 32),
+    "region_attention": WIDTHS,
+}
 CAPABILITIES = (80, 90, 100)
 # Bytes a thread. ptxas puts a value or two aside, from before a loop to after it, where that lets one more program run
 # on a multiprocessor at the same time; to be short of registers costs hundreds.
@@ -110,6 +116,19 @@ def cross_scale_fusion_launches(dtype: torch.dtype, side: int) -> list[tuple[str
     return found
 
 
+def window_attention_launches(dtype: torch.dtype, window: int) -> list[tuple[str, Launch]]:
+    """Forward and backward for the head widths of the models."""
+    found = []
+    for width in (12, 16, 32, 96):
+        qkv = torch.empty((2, 128, 128, 3 * 8 * width), dtype=dtype, device="meta")
+        table = torch.empty(((2 * window - 1) ** 2, 8), device="meta")
+        with keep_launches() as kept:
+            out = window_refinement.forward(qkv, table, 8, window, 0)
+            window_refinement.backward(out, qkv, table, 8, window, 0)
+        found.extend((f"of width {width}", launch) for launch in kept)
+    return found
+
+
 def region_attention_launches(dtype: torch.dtype, width: int) -> list[tuple[str, Launch]]:
     """Forward and backward of two grids of 16 x 16, as the base network has them."""
     q, k, v = (torch.empty((2, 8, 514, width), dtype=dtype, device="meta") for _ in range(3))
@@ -125,6 +144,7 @@ def region_attention_launches(dtype: torch.dtype, width: int) -> list[tuple[str,
 LAUNCHES: dict[str, Callable[[torch.dtype, int], list[tuple[str, Launch]]]] = {
     "correlation": correlation_launches,
     "cross_scale_fusion": cross_scale_fusion_launches,
+    "window_attention": window_attention_launches,
     "region_attention": region_attention_launches,
 }
 
@@ -191,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     types = {name: dtype for dtype, name in _TYPES.items()}
     parser.add_argument("--op", nargs="+", choices=tuple(LAUNCHES), default=tuple(LAUNCHES))
     parser.add_argument("--type", nargs="+", choices=tuple(types), default=tuple(_TYPES[dtype] for dtype in DTYPES))
-    parser.add_argument("--size", nargs="+", type=int, help="head widths D, or sides of the output grid")
+    parser.add_argument("--size", nargs="+", type=int, help="head widths D, sides of the output grid, or windows")
     parser.add_argument("--sm", nargs="+", type=int, choices=tuple(SHARED_LIMIT), default=CAPABILITIES)
     chosen = parser.parse_args(arguments)
     faults = []

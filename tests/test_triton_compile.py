@@ -12,7 +12,13 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from lpmflow_kernels import compile_report, correlation, cross_scale_fusion, region_attention  # noqa: E402
+from lpmflow_kernels import (  # noqa: E402
+    compile_report,
+    correlation,
+    cross_scale_fusion,
+    region_attention,
+    window_refinement,
+)
 from lpmflow_kernels._launch import Tiles, keep_launches  # noqa: E402
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -80,6 +86,37 @@ def test_cross_scale_fusion_compiles_without_spills(dtype, side, capability):
     assert len(launches) == 12
     for label, launch in launches:
         assert compile_report.compile_launch(label, launch, capability).fault() is None
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("window", [4, 8, 16])
+def test_window_attention_compiles_without_spills(window, dtype, capability):
+    """For the narrowest heads of the models; with the widest in their windows of 4 x 4."""
+    widths = ("of width 12", "of width 96") if window == 4 else ("of width 12",)
+    launches = [
+        launch
+        for label, launch in compile_report.LAUNCHES["window_attention"](TYPES[dtype], window)
+        if label in widths and (dtype == "fp32" or launch.kernel is not window_refinement.grad_table_kernel)
+    ]
+    assert len({launch.kernel for launch in launches}) == {4: 2, 8: 2, 16: 5}[window] + (dtype == "fp32")
+    for launch in launches:
+        compiled = compile_report.compile_launch("", launch, capability)
+        assert compiled.fault() is None
+        if dtype == "fp32":
+            assert compiled.multiplier == "fma", compiled.kernel  # never as TF32
+        elif window > 4:
+            assert compiled.multiplier == {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}[capability], compiled.kernel
+
+
+def test_window_attention_of_sizes_and_strides_of_one_compiles():
+    qkv, table = torch.empty(1, 1, 1, 3, device="meta"), torch.empty(1, 1, device="meta")
+    with keep_launches() as launches:
+        out = window_refinement.forward(qkv, table, 1, 1, 0)
+        window_refinement.backward(out, qkv, table, 1, 1, 0)
+    assert len(launches) == 3
+    for launch in launches:
+        assert compile_report.compile_launch("", launch, 80).registers > 0
 
 
 def test_cross_scale_fusion_of_single_cells_compiles():

@@ -17,9 +17,6 @@ from typing import Any, TypeVar
 BACKENDS = ("reference", "native", "triton")
 OPS = ("correlation", "cross_scale_fusion", "window_attention", "region_attention")
 
-# Backend -> the ops it has.
-KERNELS = {"native": OPS, "triton": ("correlation", "cross_scale_fusion", "region_attention")}
-
 # The automatic choice: (op, device type) -> the backends worth trying, best first. Measured by `pytest benchmarks/`;
 # the reference is always the last. A CUDA kernel enters only with a record of its tests on real hardware, which
 # kernels/README.md lists; until then it can be asked for by name.
@@ -51,8 +48,6 @@ def why_not(op: str, backend: str) -> str | None:
         return None
     if importlib.util.find_spec("lpmflow_kernels") is None:
         return "the package lpmflow_kernels is not installed (pip install . builds it)"
-    if op not in KERNELS[backend]:
-        return f"this version has no {backend} {op}"
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     reason: str | None = None

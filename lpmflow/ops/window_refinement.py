@@ -48,8 +48,13 @@ def window_attention(
     check_shape(OP, "bias_table", bias_table, ((2 * window - 1) ** 2, heads))
     if bias_table.device != qkv.device:
         raise ValueError(f"{OP}: bias_table must be on qkv's device {qkv.device}, got {bias_table.device}")
-    chosen = choose(OP, backend, qkv.device.type, lambda name: why_not_attention(name, qkv, bias_table))
+    width = qkv.shape[-1] // 3 // heads
+    chosen = choose(OP, backend, qkv.device.type, lambda name: why_not_attention(name, qkv, bias_table, width, window))
     with without_autocast(qkv.device):
+        if chosen == "triton":
+            from lpmflow_kernels import window_refinement as triton
+
+            return triton.window_attention(qkv, bias_table, heads=heads, window=window, shift=shift)
         if chosen == "native":
             from lpmflow_kernels.native import window_refinement as native
 
@@ -57,11 +62,17 @@ def window_attention(
         return reference.window_attention(qkv, bias_table, heads=heads, window=window, shift=shift)
 
 
-def why_not_attention(backend: str, qkv: Tensor, bias_table: Tensor) -> str | None:
-    """None when an installed backend can compute with tensors like these, else the reason in one sentence."""
+def why_not_attention(backend: str, qkv: Tensor, bias_table: Tensor, width: int, window: int) -> str | None:
+    """None when an installed backend can compute with tensors like these and heads of `width`, else the reason."""
     reason = why_no_kernel(qkv, bias_table)
-    if reason is None and backend == "native":
+    if reason is not None:
+        return reason
+    if backend == "native":
         from lpmflow_kernels.native import window_refinement as native
 
         reason = native.why_not(qkv)
+    elif backend == "triton":
+        from lpmflow_kernels import window_refinement as triton
+
+        reason = triton.why_not(qkv, width=width, window=window)
     return reason

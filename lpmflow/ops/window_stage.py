@@ -52,7 +52,8 @@ def window_stage(
     if x.shape[-1] % heads:
         raise ValueError(f"{OP}: x must have a multiple of heads ({heads}) channels, got {x.shape[-1]}")
     _check_weights(weights, x, heads, window)
-    chosen = choose(ATTENTION, backend, x.device.type, lambda name: why_not_attention(name, x, weights.bias_table))
+    width, table = x.shape[-1] // heads, weights.bias_table
+    chosen = choose(ATTENTION, backend, x.device.type, lambda name: why_not_attention(name, x, table, width, window))
     if chosen == "native" and _in_one_pass(x, weights):
         from lpmflow_kernels.native import window_stage as native
 
