@@ -246,13 +246,12 @@ def _lay_out(bias_table: Tensor, grids: list[int], prefix: int, tokens: int) -> 
     """Launches `lay_out_kernel`; what the others are told of the bias."""
     hs, ws, ht, wt = grids
     across = 2 * max(ws, wt) - 1
-    place = bias_table.new_empty((2, tokens), dtype=torch.int32)
     table = bias_table.to(torch.float32).contiguous()
     arguments = {
         "p_table": table,
         "p_laid": table.new_empty(table.shape),
-        "p_query": place[0],
-        "p_key": place[1],
+        "p_query": table.new_empty(tokens, dtype=torch.int32),
+        "p_key": table.new_empty(tokens, dtype=torch.int32),
         "N": tokens,
         "entries": table.numel(),
         "offsets": table.shape[1] // 4,
