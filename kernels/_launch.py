@@ -117,8 +117,7 @@ def define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., 
     torch.library.define(op, schema, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(op, ("CUDA", "CPU") if _INTERPRETED else "CUDA")(run)
     torch.library.register_fake(op)(fake)
-    if hasattr(torch.library, "register_vmap"):  # PyTorch 2.5; before, vmap has a refusal of its own
-        torch.library.register_vmap(op)(functools.partial(_refuse_vmap, name))
+    torch.library.register_vmap(op)(functools.partial(_refuse_vmap, name))
 
 
 def _refuse_vmap(name: str, info: Any, in_dims: Any, *args: Any) -> Any:

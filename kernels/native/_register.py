@@ -48,8 +48,7 @@ def _define(op: str, name: str, operator: Operator) -> None:
     for device, run in operator.runs.items():
         torch.library.impl(name, device)(_with_memory(op, run))
     torch.library.register_fake(name)(operator.fake)
-    if hasattr(torch.library, "register_vmap"):  # PyTorch 2.5; before, vmap has a refusal of its own
-        torch.library.register_vmap(name)(functools.partial(_refuse_vmap, op))
+    torch.library.register_vmap(name)(functools.partial(_refuse_vmap, op))
 
 
 def _with_memory(op: str, run: Callable[..., Any]) -> Callable[..., Any]:
