@@ -37,10 +37,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-_TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
-compiles_whole = pytest.mark.skipif(_TORCH < (2, 8), reason="PyTorch before 2.8 cannot trace a context variable")
-
-
 @contextmanager
 def on_meta() -> Iterator[None]:
     """Modules made within have parameters without memory.

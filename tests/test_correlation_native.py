@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import compiles_whole
 from kernel_bench import LAYOUTS, assert_within_budget, laid_out, poisoned
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -264,7 +263,6 @@ def test_shapes_without_numbers():
     assert attended.shape == (2, 3, 9, 8) and corr.shape == (2, 7, 3) and attended.stride() == (216, 72, 8, 1)
 
 
-@compiles_whole
 def test_compiles_whole_and_once():
     compiled = torch.compile(ops.correlation, fullgraph=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import importlib
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -287,9 +288,21 @@ def test_the_compiled_function_takes_these_arguments(monkeypatch):
         module._forward_cuda(corrs, grids, [6, 10, 0, 0, 6], 0.1, x, y)
 
 
+@contextmanager
+def made_up_tensors() -> Iterator[None]:
+    """Tensors with sizes and types and no numbers, on any device; older releases ask CUDA's driver about them too."""
+    try:
+        with FakeTensorMode():
+            yield
+    except RuntimeError as error:
+        if "CUDA driver version is insufficient" not in str(error):
+            raise
+        pytest.skip("this PyTorch has no made-up CUDA tensors without a driver")
+
+
 def on_cuda(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """The operation on made-up CUDA tensors, which have sizes and types and no numbers."""
-    with FakeTensorMode():
+    with made_up_tensors():
         corr = torch.empty(2, 6, 4, dtype=dtype, device="cuda", requires_grad=options.pop("requires_grad", False))
         grids = {"source_grids": [(2, 3)], "target_grids": [(2, 2)], "out_grid": (5, 7)}
         return ops.cross_scale_fusion([corr], **grids, return_confidence=True, **options)
@@ -352,7 +365,7 @@ def test_a_block_of_rows_with_gradients_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.import_module("lpmflow_kernels.native"), "cuda_reason", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr("lpmflow.ops._backends.why_not", lambda op, backend: None)
-    with FakeTensorMode():
+    with made_up_tensors():
         corr, x, y = (torch.empty(size, device="cuda") for size in ((2, 6, 4), (7,), (5,)))
         arguments = ((2, 3), (2, 2), (5, 7), 0.1, x, y, "native", (0, 0, 3))
         assert fuse_part(corr, *arguments)[0].shape == (2, 2, 3, 7)

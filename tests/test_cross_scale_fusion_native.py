@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import compiles_whole
 from kernel_bench import assert_within_budget, poisoned
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -269,7 +268,6 @@ def test_shapes_without_numbers():
     assert isinstance(mapping, Tensor) and mapping.shape == (2, 1, 2, 5, 7)
 
 
-@compiles_whole
 def test_compiles_whole_and_once():
     case = CASES[3]
     compiled = torch.compile(ops.cross_scale_fusion, fullgraph=True, backend="aot_eager")

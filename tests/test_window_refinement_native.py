@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import compiles_whole
 from kernel_bench import LAYOUTS, assert_within_budget, laid_out, poisoned
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -267,7 +266,6 @@ def test_shapes_without_numbers():
     assert out.shape == (2, 9, 5, 4) and out.is_contiguous()
 
 
-@compiles_whole
 def test_compiles_whole_and_once():
     compiled = torch.compile(ops.window_attention, fullgraph=True, backend="aot_eager")
     size = (1, 9, 6, 2, 4, 4, 0)

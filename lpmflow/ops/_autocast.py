@@ -7,9 +7,16 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from lpmflow.ops._backends import _constant
+
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Autocast off for this device; nothing to do for one that has no autocast (some PyTorch releases' MPS, meta)."""
-    if torch.amp.is_autocast_available(device.type):
+    if _has_autocast(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+@_constant
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)

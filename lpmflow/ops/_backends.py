@@ -10,9 +10,12 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, TypeVar
+
+import torch
 
 BACKENDS = ("reference", "native", "triton")
 OPS = ("correlation", "cross_scale_fusion", "window_attention", "region_attention")
@@ -30,6 +33,8 @@ FASTEST: dict[tuple[str, str], tuple[str, ...]] = {
 _MODULES = {"native": "lpmflow_kernels.native", "triton": "lpmflow_kernels"}
 _PAGES = {"window_attention": "window_refinement"}  # where the file is named after the stage of the paper
 _named: ContextVar[dict[str, str | None] | None] = ContextVar("lpmflow_backend", default=None)
+_traced = threading.local()
+"""`chosen` is what `_named` holds, for torch.compile, which traces no context variable in most releases of PyTorch."""
 _last: dict[str, str] = dict.fromkeys(OPS, "")
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -108,11 +113,13 @@ def use_backend(backend: str | None = None, **by_op: str | None) -> Iterator[Non
         _check_op("use_backend", op)
         if name is not None:
             _check_name("use_backend", name)
-    token = _named.set(chosen)
+    token, traced = _named.set(chosen), getattr(_traced, "chosen", None)
+    _traced.chosen = chosen
     try:
         yield
     finally:
         _named.reset(token)
+        _traced.chosen = traced
 
 
 def last_backend(op: str) -> str | None:
@@ -130,7 +137,7 @@ def named_backend(op: str, backend: str | None) -> str | None:
     """What the caller named, by the argument `backend`, by `use_backend` or by LPMFLOW_BACKEND; None: it is free."""
     if backend is not None:
         return backend
-    chosen = _named.get()
+    chosen = getattr(_traced, "chosen", None) if torch.compiler.is_compiling() else _named.get()
     if chosen is not None and op in chosen:
         return chosen[op]
     return _from_environment(op)

@@ -105,7 +105,7 @@ def correlation_flow(
     whole = fused_by_triton or transformed() or volume_fits(q.shape[0], source, target, exact)
     line_bytes = max(q.shape[0] * source[1] * math.prod(target) * exact.itemsize, 1)
     # where rows are interpolated a block has the first line of the next one too
-    at_once = source[0] if whole else max(BLOCK_BYTES // line_bytes - (source != out), 1)
+    at_once = source[0] if whole else max(BLOCK_BYTES // line_bytes - int(source != out), 1)
     blocks = list(_blocks(source, out, at_once, exact))
     if len(blocks) == 1:
         return CorrelationFlow(*run(blocks[0], q, k, v, table_x, table_y))

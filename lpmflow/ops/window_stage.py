@@ -68,7 +68,7 @@ def _check_weights(weights: StageWeights, x: Tensor, heads: int, window: int) ->
     width = x.shape[-1]
     hidden = weights.fc1_bias.shape[0] if isinstance(weights.fc1_bias, Tensor) and weights.fc1_bias.ndim == 1 else 0
     matrices = {"qkv": (3 * width, width), "proj": (width, width), "fc1": (hidden, width), "fc2": (width, hidden)}
-    for name, value in weights._asdict().items():
+    for name, value in zip(StageWeights._fields, weights, strict=True):
         layer = name.rpartition("_")[0]
         shape = matrices.get(layer, (width,))
         if name == "bias_table":
