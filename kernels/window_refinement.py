@@ -143,7 +143,7 @@ _PAIRS_BYTES = 32 << 20  # what the sums of dS of all runs take at most, unless 
 _TILES = {
     "attend": (
         ((64, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 2), (64, 32, 4, 2)),
-        ((64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+        ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
     ),
     "rows": (
         ((64, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 2), (64, 32, 4, 2)),
@@ -155,7 +155,7 @@ _TILES = {
     ),
     "dkv": (
         ((64, 64, 4, 1), (32, 64, 4, 1), (16, 64, 4, 1), (32, 64, 8, 1)),
-        ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+        ((32, 16, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
     ),
     "pairs": (
         ((64, 64, 4, 1), (64, 64, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
@@ -168,12 +168,15 @@ _WIDTHS = (32, 64, 96, 128)
 def configuration(kernel: str, window: int, width: int, heads: int, dtype: torch.dtype) -> Tiles:
     """The tuning of one of the kernels for a window, a head width D, the number of heads and an input type."""
     exact, cells = dtype == torch.float32, max(16, triton.next_power_of_2(window * window))
+    even = window & (window - 1) == 0  # else rows and columns of cells come by divisions, which want registers
     if cells == 16:  # each warp has heads of its own
         warps = 2 if exact and width > 32 else min(4, group(window, width, heads))
         return Tiles(16, 16, warps, 2 if kernel == "attend" and not exact else 1)
     if cells <= 64 and width <= 32:
-        return Tiles(cells, cells, cells // (8 if exact else 16), 1 if exact else 2)
+        return Tiles(cells, cells, cells // (16 if even and not exact else 8), 2 if even and not exact else 1)
     queries, keys, warps, stages = _TILES[kernel][exact][bisect.bisect_left(_WIDTHS, width)]
+    if not even:
+        queries, stages = 32 if kernel == "dq" and width > 64 else queries, 1
     return Tiles(min(queries, cells), min(keys, cells), warps, stages)
 
 
