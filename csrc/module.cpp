@@ -11,6 +11,8 @@
 #if defined(LPMFLOW_CUDA_ARCHS)
 #include "correlation/correlation_cuda.h"
 #include "cross_scale_fusion/cross_scale_fusion_cuda.h"
+#include "region_attention/region_attention_cuda.h"
+#include "window_refinement/window_refinement_cuda.h"
 #else
 #define LPMFLOW_CUDA_ARCHS ""
 #define LPMFLOW_NO_CUDA 1
@@ -270,6 +272,27 @@ int cross_scale_fusion_forward_on_cuda(const py::list& scales, const py::tuple& 
   }
   return 0;
 }
+
+int window_refinement_forward_on_cuda(const py::tuple& sizes, double scale, int dtype, int device, Address stream,
+                                      Address qkv, const py::tuple& qkv_strides, Address table, Address out) {
+  const WindowCudaArgs args{window_shape(sizes, scale, dtype, 1), cells(qkv, qkv_strides),
+                            reinterpret_cast<const float*>(table), reinterpret_cast<void*>(out)};
+  return window_refinement_forward_cuda(args, device, reinterpret_cast<void*>(stream));
+}
+
+int region_attention_forward_on_cuda(const py::tuple& sizes, double scale, int dtype, int device, Address stream,
+                                     Address q, const py::tuple& q_strides, Address k, const py::tuple& k_strides,
+                                     Address v, const py::tuple& v_strides, Address table, Address attended,
+                                     Address statistics) {
+  const RegionCudaArgs args{region_shape(sizes, scale, dtype, 1),
+                            rows(q, q_strides),
+                            rows(k, k_strides),
+                            rows(v, v_strides),
+                            reinterpret_cast<const float*>(table),
+                            reinterpret_cast<void*>(attended),
+                            reinterpret_cast<float*>(statistics)};
+  return region_attention_forward_cuda(args, device, reinterpret_cast<void*>(stream));
+}
 #endif
 
 py::list instruction_sets() {
@@ -317,5 +340,7 @@ PYBIND11_MODULE(_native, m) {
 #if !defined(LPMFLOW_NO_CUDA)
   m.def("correlation_forward_cuda", &correlation_forward_on_cuda);
   m.def("cross_scale_fusion_forward_cuda", &cross_scale_fusion_forward_on_cuda);
+  m.def("window_refinement_forward_cuda", &window_refinement_forward_on_cuda);
+  m.def("region_attention_forward_cuda", &region_attention_forward_on_cuda);
 #endif
 }

@@ -16,10 +16,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 ARCHITECTURES = ("80", "86", "89", "90a", "100")
@@ -74,6 +76,34 @@ def amid_nan(x: Tensor, *, offset: int = 8) -> Tensor:
     """x, dense, in memory that is NaN around it, so that what is read outside of it shows."""
     memory = torch.full((x.numel() + offset + 512,), NAN, dtype=x.dtype)
     return memory[offset : offset + x.numel()].view(x.shape).copy_(x)
+
+
+class Context:
+    """What an operator's `save` and `differentiate` are given, where the engine has no thread for a made-up device."""
+
+    def __init__(self) -> None:
+        self.saved_tensors: tuple[Tensor, ...] = ()
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None:
+        pass
+
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
+
+
+class Called(TorchDispatchMode):
+    """The operators of ours that were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names += [str(function)] if function.namespace == "lpmflow" else []
+        return function(*args, **(kwargs or {}))
 
 
 def assert_nothing_spills(op: str, arch: str, kernels: int, folder: Path) -> None:

@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from emulated import ARCHITECTURES, Output, amid_nan, assert_nothing_spills, emulated
+from emulated import ARCHITECTURES, Called, Context, Output, amid_nan, assert_nothing_spills, emulated
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lpmflow import ops, reference
 from lpmflow.ops.cross_scale_fusion import fuse_part
@@ -331,20 +330,7 @@ def test_the_choice_on_a_cuda_device(monkeypatch):
         on_cuda(backend="native")
 
 
-class Called(TorchDispatchMode):
-    """The operators of ours that were called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names += [str(function)] if function.namespace == "lpmflow" else []
-        return function(*args, **(kwargs or {}))
-
-
 def test_gradients_on_a_cuda_device_are_tritons():
-    """The engine itself has no thread for a device that is not there, so its step is taken by hand."""
     pytest.importorskip("triton")
     importlib.import_module("lpmflow_kernels.cross_scale_fusion")
     module = importlib.import_module("lpmflow_kernels.native.cross_scale_fusion")
@@ -352,10 +338,10 @@ def test_gradients_on_a_cuda_device_are_tritons():
         with FakeTensorMode(), Called() as called:
             corr = torch.empty(2, 6, 4, dtype=torch.bfloat16, device=device)
             x, y = torch.empty(7, device=device), torch.empty(5, device=device)
-            kept = module._outputs([corr], [2, 3, 2, 2], [5, 7, 0, 0, 5], 0.1, x, y)
-            ctx = types.SimpleNamespace(saved_tensors=(corr, x, y, *kept), grids=[2, 3, 2, 2], out=[5, 7, 0, 0, 5])
-            ctx.temperature, ctx.tables = 0.1, True
-            (grad,), *nothing, grad_x, grad_y = module._differentiate(ctx, torch.empty_like(kept[0]), None, None)
+            inputs = ([corr], [2, 3, 2, 2], [5, 7, 0, 0, 5], 0.1, x, y)
+            ctx, output = Context(), module._outputs(*inputs)
+            module._save(ctx, inputs, output)
+            (grad,), *nothing, grad_x, grad_y = module._differentiate(ctx, torch.empty_like(output[0]), None, None)
         assert grad.shape == corr.shape and grad.dtype == corr.dtype and nothing == [None] * 3
         assert grad_x.shape == x.shape and grad_y.shape == y.shape
         assert called.names == [f"lpmflow.cross_scale_fusion_{wanted}_backward.default"]

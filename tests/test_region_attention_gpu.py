@@ -1,7 +1,8 @@
-"""`region_attention` by Triton on a CUDA device: against float64, twice, in a CUDA graph, compiled."""
+"""`region_attention` by every backend with a kernel for CUDA devices: against float64, in a CUDA graph, compiled."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -37,11 +38,18 @@ CASES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def installed() -> None:
-    reason = ops.backend_report()["region_attention"]["triton"]
-    if reason is not None:
-        pytest.skip(reason)
+BACKEND = "triton"
+
+
+@pytest.fixture(autouse=True, params=["triton", "native"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A backend that is installed here; native's gradients are Triton's work."""
+    for needed in {request.param, "triton"}:
+        reason = ops.backend_report()["region_attention"][needed]
+        if reason is not None:
+            pytest.skip(reason)
+    monkeypatch.setattr(sys.modules[__name__], "BACKEND", request.param)
+    return str(request.param)
 
 
 def inputs(case: Any, dtype: torch.dtype = torch.float32, layout: str = "contiguous", seed: int = 0) -> list[Tensor]:
@@ -55,23 +63,23 @@ def inputs(case: Any, dtype: torch.dtype = torch.float32, layout: str = "contigu
     return [*(laid_out(x.to(dtype), layout) for x in draws), table]
 
 
-def triton(*tensors: Tensor, backend: str = "triton", **grids: Any) -> Tensor:
-    attended = ops.region_attention(*tensors, **grids, backend=backend)
-    assert ops.last_backend("region_attention") == backend
+def kernel(*tensors: Tensor, backend: str | None = None, **grids: Any) -> Tensor:
+    attended = ops.region_attention(*tensors, **grids, backend=backend or BACKEND)
+    assert ops.last_backend("region_attention") == (backend or BACKEND)
     return attended
 
 
 def exact(*tensors: Tensor, **grids: Any) -> Tensor:
-    return triton(*tensors, backend="reference", **grids)
+    return kernel(*tensors, backend="reference", **grids)
 
 
-def run(case: Any, tensors: list[Tensor], function: Any = triton) -> Tensor:
+def run(case: Any, tensors: list[Tensor], function: Any = kernel) -> Tensor:
     *_, prefix, source, target = case
     return function(*tensors, source_grid=source, target_grid=target, prefix=prefix)
 
 
 def everything(
-    case: Any, tensors: list[Tensor], function: Any = triton, dtype: torch.dtype | None = None
+    case: Any, tensors: list[Tensor], function: Any = kernel, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
     """Result and gradients by name, for a fixed gradient of the result."""
     leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in tensors]
@@ -91,7 +99,9 @@ def compare(case: Any, tensors: list[Tensor], found: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_values_and_gradients(case, dtype, monkeypatch):
+def test_values_and_gradients(backend, case, dtype, monkeypatch):
+    if backend == "native" and case[2] > 128:
+        pytest.skip("native takes head widths up to 128 on CUDA devices")
     tensors = inputs(case, dtype)
     with poisoned(monkeypatch):
         found = everything(case, tensors)

@@ -1,7 +1,8 @@
-"""`window_attention` by Triton on a CUDA device: against float64, twice, in a CUDA graph, compiled."""
+"""`window_attention` by every backend with a kernel for CUDA devices: against float64, in a CUDA graph, compiled."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -38,11 +39,18 @@ SIZES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def installed() -> None:
-    reason = ops.backend_report()["window_attention"]["triton"]
-    if reason is not None:
-        pytest.skip(reason)
+BACKEND = "triton"
+
+
+@pytest.fixture(autouse=True, params=["triton", "native"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A backend that is installed here; native's gradients are Triton's work."""
+    for needed in {request.param, "triton"}:
+        reason = ops.backend_report()["window_attention"][needed]
+        if reason is not None:
+            pytest.skip(reason)
+    monkeypatch.setattr(sys.modules[__name__], "BACKEND", request.param)
+    return str(request.param)
 
 
 def inputs(size: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -52,9 +60,9 @@ def inputs(size: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -> tupl
     return qkv.to(dtype), torch.randn((2 * window - 1) ** 2, heads, generator=generator, device="cuda")
 
 
-def run(qkv: Tensor, table: Tensor, size: Any, backend: str = "triton") -> Tensor:
-    out = ops.window_attention(qkv, table, heads=size[3], window=size[5], shift=size[6], backend=backend)
-    assert ops.last_backend("window_attention") == backend
+def run(qkv: Tensor, table: Tensor, size: Any, backend: str | None = None) -> Tensor:
+    out = ops.window_attention(qkv, table, heads=size[3], window=size[5], shift=size[6], backend=backend or BACKEND)
+    assert ops.last_backend("window_attention") == (backend or BACKEND)
     return out
 
 
@@ -64,7 +72,7 @@ def upstream(out: Tensor) -> Tensor:
     return grad.bfloat16().to(out.dtype)
 
 
-def everything(qkv: Tensor, table: Tensor, size: Any, backend: str = "triton") -> dict[str, Tensor]:
+def everything(qkv: Tensor, table: Tensor, size: Any, backend: str | None = None) -> dict[str, Tensor]:
     """The output and the gradients by name."""
     leaves = [x.detach().requires_grad_() for x in (qkv, table)]
     out = run(*leaves, size, backend)
@@ -154,7 +162,7 @@ def test_compiles_whole_with_gradients(size):
     wanted = everything(qkv, table, size)
     compiled = torch.compile(ops.window_attention, fullgraph=True)
     leaves = [x.detach().requires_grad_() for x in (qkv, table)]
-    out = compiled(*leaves, heads=size[3], window=size[5], backend="triton")
+    out = compiled(*leaves, heads=size[3], window=size[5], backend=BACKEND)
     grads = torch.autograd.grad(out, leaves, upstream(out))
     for name, value in zip(wanted, (out, *grads), strict=True):
         torch.testing.assert_close(value, wanted[name], msg=lambda text, name=name: f"{name}: {text}")

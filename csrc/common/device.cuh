@@ -30,13 +30,18 @@ __device__ __forceinline__ T* shared_memory() {
   return reinterpret_cast<T*>(dynamic_shared_memory);
 }
 
-// Begins to copy 16 aligned bytes to shared memory, or zeros when `valid` is false; `global` must be an address that
-// may be read in either case.
+// Begins to copy kBytes aligned bytes, 16 or 8, to shared memory, or zeros when `valid` is false; `global` must be an
+// address that may be read in either case.
+template <int kBytes>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-               "l"(__cvta_generic_to_global(global)), "r"(valid ? 16 : 0)
-               : "memory");
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const size_t from = __cvta_generic_to_global(global);
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+  } else {
+    static_assert(kBytes == 8, "16 or 8 bytes");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(from), "r"(valid ? 8 : 0) : "memory");
+  }
 }
 
 // Closes this thread's group of copies begun since the last call.
@@ -150,18 +155,20 @@ class DeviceScope {
   cudaError_t status_;
 };
 
-// Launches kKernel on `stream` of the current device, `device`. What a kernel needs beyond the 48 KB of shared memory
-// that need no asking is asked for once per kernel and device.
+constexpr int kMostShared = 99 * 1024;  // that a block may have on sm_86, sm_89 and sm_120; elsewhere it is more
+
+// Launches kKernel on `stream` of the current device, `device`. More than the 48 KB of shared memory that need no asking
+// are asked for once per kernel and device.
 template <auto kKernel, class... Arguments>
 cudaError_t launch(int64_t blocks, int threads, int shared_bytes, int device, cudaStream_t stream,
                    const Arguments&... arguments) {
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  if (blocks > INT32_MAX || shared_bytes > kMostShared) return cudaErrorInvalidConfiguration;
   if (shared_bytes > 48 * 1024) {
     static std::atomic<uint64_t> asked{0};  // a bit per device; those above 63 ask every time
     const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
     if ((asked.load() & bit) == 0) {
       const cudaError_t status =
-          cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+          cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared);
       if (status != cudaSuccess) return status;
       asked.fetch_or(bit);
     }

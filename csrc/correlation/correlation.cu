@@ -1,5 +1,5 @@
-// correlation on a CUDA device, forward. The contract is in correlation_cuda.h, tiles and maps in correlation_tiles.h,
-// what a warp does with a tile in correlation_warp.cuh.
+// correlation on a CUDA device, forward. The contract is in correlation_cuda.h, the cutting into blocks in
+// correlation_tiles.h; the attention itself is that of ../common/attention.cuh.
 //
 //   attend:  for each (b, h, query tile), key tiles in order: S = scale Q K^T; online softmax; O += e^(S - max) V.
 //            Writes attended = O / sum and lse = max + log(sum).
@@ -10,9 +10,8 @@
 // only in emulation: nothing here has been timed, and the tile sizes come from arithmetic.
 #include "correlation_cuda.h"
 
-#include "../common/device.cuh"
+#include "../common/attention.cuh"
 #include "correlation_tiles.h"
-#include "correlation_warp.cuh"
 
 namespace lpmflow {
 namespace {
@@ -20,28 +19,21 @@ namespace {
 constexpr int kChunk = 32;  // of the width, read at once by the summing kernel: any width with one compiled kernel
 constexpr int kStages = 3;  // chunks in shared memory: one in use, two under way; 45 KB for the 16-bit types
 
-// Begins to copy a kRows x kColumns tile to shared memory; what lies beyond `rows` and `columns` becomes 0. Every
-// thread of the block calls it. `aligned`: 16 bytes at a time, by cp.async; else element by element, at once.
-template <int kRows, int kColumns, class T>
-__device__ __forceinline__ void copy_tile(T* to, const T* from, int64_t stride, int rows, int columns, bool aligned) {
-  constexpr int kStride = shared_stride<T>(kColumns);
-  if (aligned) {
-    constexpr int kElements = 16 / sizeof(T), kPieces = kColumns / kElements;
-    static_assert(kRows * kPieces % kThreads == 0, "every thread copies equally often");
-#pragma unroll 4
-    for (int piece = threadIdx.x; piece < kRows * kPieces; piece += kThreads) {
-      const int row = piece / kPieces, column = piece % kPieces * kElements;
-      const bool valid = row < rows && column < columns;
-      copy_async(to + row * kStride + column, valid ? from + row * stride + column : from, valid);
-    }
-  } else {
-#pragma unroll 1
-    for (int element = threadIdx.x; element < kRows * kColumns; element += kThreads) {
-      const int row = element / kColumns, column = element % kColumns;
-      to[row * kStride + column] = row < rows && column < columns ? from[row * stride + column] : T{};
-    }
-  }
-}
+// The attending kernel for widths up to kWidth, and the summing kernel. 32 query rows a warp, so that what is read of
+// keys and values serves two mma; 16 where 32 rows of attended values would not fit in the registers.
+// kAttendBlocks: how many blocks are to fit on a multiprocessor; three leave a thread 168 registers, two 255.
+template <class T, int kWidth>
+struct Math {
+  using Attend = TensorCoreMath<T, kWidth <= 96 ? 2 : 1>;
+  using Sum = TensorCoreMath<T, 2>;
+  static constexpr int kAttendBlocks = kWidth == 32 || kWidth == 128 ? 3 : 2;
+};
+template <int kWidth>
+struct Math<float, kWidth> {
+  using Attend = FmaMath;
+  using Sum = FmaMath;
+  static constexpr int kAttendBlocks = kWidth <= 96 ? 3 : 2;
+};
 
 // Where row `token` of head (b, h) begins.
 template <class T>
@@ -50,110 +42,57 @@ __device__ __forceinline__ const T* row_of(const void* data, const int64_t (&str
   return static_cast<const T*>(data) + b * stride[0] + h * stride[1] + token * stride[2];
 }
 
-template <class Tile>
-__device__ __forceinline__ float max_over_row(float x) {
-#pragma unroll
-  for (int mask = Tile::kLanesPerRow / 2; mask > 0; mask /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, mask));
-  return x;
-}
+// Queries of one head, and what is done with them.
+template <class T>
+struct CorrelationRows {
+  using Index = int64_t;
+  struct Place {};
 
-template <class Tile>
-__device__ __forceinline__ float sum_over_row(float x) {
-#pragma unroll
-  for (int mask = Tile::kLanesPerRow / 2; mask > 0; mask /= 2) x += __shfl_xor_sync(0xffffffffu, x, mask);
-  return x;
-}
+  int rows, width;
+  int64_t keys, last;
+  const T *q, *k, *v;
+  int64_t q_stride, k_stride, v_stride;
+  float scale;
+  T* attended;
+  float* lse;
 
-template <class T, int kWidth>
-constexpr int attend_shared_bytes() {
-  using Tile = typename Math<T, kWidth>::Attend;
-  return (kWarps * Tile::kWarpRows + 2 * Tile::kKeys) * shared_stride<T>(kWidth) * static_cast<int>(sizeof(T));
-}
+  __device__ __forceinline__ const T* query(int row) const { return q + row * q_stride; }
+  __device__ __forceinline__ const T* key(int64_t j) const { return k + j * k_stride; }
+  __device__ __forceinline__ const T* value(int64_t j) const { return v + j * v_stride; }
+  __device__ __forceinline__ Place query_place(int) const { return {}; }
+  __device__ __forceinline__ Place key_place(int) const { return {}; }
+  __device__ __forceinline__ void lay_places(int64_t, int, int, const Group&) const {}
+  __device__ __forceinline__ float logit(float dot, Place, Place) const { return lpmflow::logit(dot, scale); }
+  __device__ __forceinline__ T* output(int row, float max, float sum, bool first_lane) const {
+    if (first_lane) lse[row] = log_sum_exp(max, sum);
+    return attended + static_cast<int64_t>(row) * width;
+  }
+};
 
-// Attended values and log-sum-exp. A block owns kWarps x kWarpRows queries of one head and goes through the keys;
-// blocks of the same head are neighbours. Shared: the queries, one tile of keys, one of values. The values of a tile
-// travel during its logits and softmax, the keys of the next during the product with the values.
+// Attended values and log-sum-exp. A block owns kWarps x kWarpRows queries of one head; blocks of the same head are
+// neighbours.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads, Math<T, kWidth>::kAttendBlocks)
-    attend_kernel(const CorrelationCudaArgs args, const bool aligned) {
+    attend_kernel(const CorrelationCudaArgs args, const int piece) {
   using Tile = typename Math<T, kWidth>::Attend;
-  constexpr int kRows = kWarps * Tile::kWarpRows, kKeys = Tile::kKeys, kThreadRows = Tile::kThreadRows;
-  constexpr int kLogits = Tile::kLogits, kColumns = kWidth / Tile::kLanesPerRow, kStride = shared_stride<T>(kWidth);
-  T* const q_tile = shared_memory<T>();
-  T* const k_tile = q_tile + kRows * kStride;
-  T* const v_tile = k_tile + kKeys * kStride;
-  const int lane = threadIdx.x % kLanes, warp_row = static_cast<int>(threadIdx.x) / kLanes * Tile::kWarpRows;
+  constexpr int kRows = kWarps * Tile::kWarpRows;
   const AttendWork work = attend_work(blockIdx.x, args.n, kRows);
-  const int64_t b = work.head / args.heads, h = work.head % args.heads;
-  const int width = static_cast<int>(args.width), rows = present(args.n - work.row, kRows);
-  const T* const k = row_of<T>(args.k, args.k_stride, b, h, 0);
-  const T* const v = row_of<T>(args.v, args.v_stride, b, h, 0);
-
-  copy_tile<kRows, kWidth>(q_tile, row_of<T>(args.q, args.q_stride, b, h, work.row), args.q_stride[2], rows, width,
-                           aligned);
-  copy_tile<kKeys, kWidth>(k_tile, k, args.k_stride[2], present(args.m, kKeys), width, aligned);
-  commit_copies();
-  float o[kThreadRows][kColumns] = {};
-  float max[kThreadRows], sum[kThreadRows];  // of `sum` this lane's part only, until the end
-#pragma unroll
-  for (int i = 0; i < kThreadRows; ++i) max[i] = -INFINITY, sum[i] = 0.0f;
-
-#pragma unroll 1
-  for (int64_t key = 0; key < args.m; key += kKeys) {
-    const int keys = present(args.m - key, kKeys);
-    wait_copies<0>();
-    __syncthreads();  // the keys are here, and no warp reads the former values any more
-    copy_tile<kKeys, kWidth>(v_tile, v + key * args.v_stride[2], args.v_stride[2], keys, width, aligned);
-    commit_copies();
-    float p[kThreadRows][kLogits] = {};
-    Tile::template multiply_logits<kWidth>(p, q_tile + warp_row * kStride, k_tile, lane);
-#pragma unroll
-    for (int i = 0; i < kThreadRows; ++i) {
-#pragma unroll
-      for (int j = 0; j < kLogits; ++j) p[i][j] = logit(p[i][j], args.scale);
-    }
-    if (keys < kKeys) {
-#pragma unroll
-      for (int j = 0; j < kLogits; ++j) {
-        const bool absent = Tile::column(lane, j) >= keys;
-#pragma unroll
-        for (int i = 0; i < kThreadRows; ++i) p[i][j] = absent ? -INFINITY : p[i][j];
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kThreadRows; ++i) {
-      float highest = max[i];
-#pragma unroll
-      for (int j = 0; j < kLogits; ++j) highest = fmaxf(highest, p[i][j]);
-      highest = max_over_row<Tile>(highest);
-      const float factor = Tile::exponential(rescale_exponent(max[i], highest)), from = shift(highest);
-      max[i] = highest;
-      sum[i] *= factor;
-#pragma unroll
-      for (int j = 0; j < kColumns; ++j) o[i][j] *= factor;
-#pragma unroll
-      for (int j = 0; j < kLogits; ++j) sum[i] += p[i][j] = Tile::exponential(p[i][j] - from);
-    }
-    wait_copies<0>();
-    __syncthreads();  // the values are here, and no warp reads these keys any more
-    if (key + kKeys < args.m) {
-      copy_tile<kKeys, kWidth>(k_tile, k + (key + kKeys) * args.k_stride[2], args.k_stride[2],
-                               present(args.m - key - kKeys, kKeys), width, aligned);
-      commit_copies();
-    }
-    Tile::template multiply_values<kWidth>(o, p, v_tile, lane);
-  }
-
-#pragma unroll
-  for (int i = 0; i < kThreadRows; ++i) sum[i] = sum_over_row<Tile>(sum[i]);
-#pragma unroll
-  for (int i = 0; i < kThreadRows; ++i) {
-    const int row = warp_row + Tile::row(lane, i);
-    if (row >= rows) continue;
-    const int64_t token = work.head * args.n + work.row + row;
-    if (lane % Tile::kLanesPerRow == 0) args.lse[token] = log_sum_exp(max[i], sum[i]);
-    Tile::store(static_cast<T*>(args.attended) + token * args.width, o[i], 1.0f / sum[i], width, lane);
-  }
+  const int64_t b = work.head / args.heads, h = work.head % args.heads, token = work.head * args.n + work.row;
+  const CorrelationRows<T> problem{present(args.n - work.row, kRows),
+                                   static_cast<int>(args.width),
+                                   args.m,
+                                   args.m,
+                                   row_of<T>(args.q, args.q_stride, b, h, work.row),
+                                   row_of<T>(args.k, args.k_stride, b, h, 0),
+                                   row_of<T>(args.v, args.v_stride, b, h, 0),
+                                   args.q_stride[2],
+                                   args.k_stride[2],
+                                   args.v_stride[2],
+                                   args.scale,
+                                   static_cast<T*>(args.attended) + token * args.width,
+                                   args.lse + token};
+  const Group group{kWarps, static_cast<int>(threadIdx.x)};
+  attend<T, kWidth, Tile>(problem, group, shared_memory<T>(), piece);
 }
 
 template <class T>
@@ -166,11 +105,12 @@ constexpr int sum_shared_bytes() {
 // corr. A block owns a tile of kWarps x kWarpRows queries and kKeys keys of one batch element, and goes through the
 // heads and, within each, through chunks of the width; these steps are one stream of copies through a ring of kStages.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 3) sum_kernel(const CorrelationCudaArgs args, const bool aligned) {
+__global__ void __launch_bounds__(kThreads, 3) sum_kernel(const CorrelationCudaArgs args, const int piece) {
   using Tile = typename Math<T, kChunk>::Sum;
   constexpr int kRows = kWarps * Tile::kWarpRows, kKeys = Tile::kKeys, kThreadRows = Tile::kThreadRows;
   constexpr int kLogits = Tile::kLogits, kStride = shared_stride<T>(kChunk), kStage = (kRows + kKeys) * kStride;
   T* const ring = shared_memory<T>();
+  const Group group{kWarps, static_cast<int>(threadIdx.x)};
   const int lane = threadIdx.x % kLanes, warp_row = static_cast<int>(threadIdx.x) / kLanes * Tile::kWarpRows;
   const int64_t corr_rows = args.n - args.prefix, corr_columns = args.m - args.prefix;
   const SumWork work = sum_work(blockIdx.x, corr_rows, corr_columns, kRows, kKeys);
@@ -184,9 +124,11 @@ __global__ void __launch_bounds__(kThreads, 3) sum_kernel(const CorrelationCudaA
   const auto copy_next = [&] {
     if (next_head < heads) {
       T* const stage = ring + next_stage * kStage;
-      copy_tile<kRows, kChunk>(stage, q + next_start, args.q_stride[2], rows, width - next_start, aligned);
-      copy_tile<kKeys, kChunk>(stage + kRows * kStride, k + next_start, args.k_stride[2], keys, width - next_start,
-                               aligned);
+      const T *const from_q = q + next_start, *const from_k = k + next_start;
+      copy_tile<kChunk>(stage, [&](int row) { return from_q + row * args.q_stride[2]; }, kRows, rows,
+                        width - next_start, piece, group);
+      copy_tile<kChunk>(stage + kRows * kStride, [&](int row) { return from_k + row * args.k_stride[2]; },
+                        kKeys, keys, width - next_start, piece, group);
       next_stage = next_stage + 1 == kStages ? 0 : next_stage + 1;
       next_start += kChunk;
       if (next_start >= width) {
@@ -252,40 +194,35 @@ __global__ void __launch_bounds__(kThreads, 3) sum_kernel(const CorrelationCudaA
   }
 }
 
-// Whether every row begins at a multiple of 16 bytes and is whole 16 bytes long.
-bool aligned_rows(const void* data, const int64_t (&stride)[3], const int64_t (&size)[3], int64_t width,
-                  int64_t element_bytes) {
-  bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0 && width * element_bytes % 16 == 0;
-  for (int x = 0; x < 3; ++x) aligned = aligned && (size[x] == 1 || stride[x] * element_bytes % 16 == 0);
-  return aligned;
-}
-
 template <class T, int kWidth>
-cudaError_t launch_attend(const CorrelationCudaArgs& args, bool aligned, int device, cudaStream_t stream) {
-  constexpr int kRows = kWarps * Math<T, kWidth>::Attend::kWarpRows;
-  constexpr int kShared = attend_shared_bytes<T, kWidth>();
-  static_assert(kShared <= 99 * 1024, "the most a block may have on sm_86, sm_89 and sm_120");
+cudaError_t launch_attend(const CorrelationCudaArgs& args, int piece, int device, cudaStream_t stream) {
+  using Tile = typename Math<T, kWidth>::Attend;
+  constexpr int kRows = kWarps * Tile::kWarpRows, kShared = tile_bytes<T, kWidth, Tile>(kWarps);
+  static_assert(kShared <= kMostShared, "more than a block may have");
   const int64_t blocks = attend_blocks(args.batch * args.heads, args.n, kRows);
-  return launch<attend_kernel<T, kWidth>>(blocks, kThreads, kShared, device, stream, args, aligned);
+  return launch<attend_kernel<T, kWidth>>(blocks, kThreads, kShared, device, stream, args, piece);
 }
 
 template <class T>
 cudaError_t forward(const CorrelationCudaArgs& args, int device, cudaStream_t stream) {
   const int64_t queries[] = {args.batch, args.heads, args.n}, keys[] = {args.batch, args.heads, args.m};
-  const bool aligned = aligned_rows(args.q, args.q_stride, queries, args.width, sizeof(T)) &&
-                       aligned_rows(args.k, args.k_stride, keys, args.width, sizeof(T)) &&
-                       aligned_rows(args.v, args.v_stride, keys, args.width, sizeof(T));
-  cudaError_t status = args.width <= 32    ? launch_attend<T, 32>(args, aligned, device, stream)
-                       : args.width <= 64  ? launch_attend<T, 64>(args, aligned, device, stream)
-                       : args.width <= 96  ? launch_attend<T, 96>(args, aligned, device, stream)
-                       : args.width <= 128 ? launch_attend<T, 128>(args, aligned, device, stream)
-                                           : launch_attend<T, 256>(args, aligned, device, stream);
+  const auto piece_of = [&](const void* data, const int64_t* stride, const int64_t* size) {
+    return piece_bytes(data, stride, size, 3, args.width, sizeof(T));
+  };
+  const int of_q = piece_of(args.q, args.q_stride, queries), of_k = piece_of(args.k, args.k_stride, keys);
+  const int of_v = piece_of(args.v, args.v_stride, keys), least = of_k < of_v ? of_k : of_v;
+  const int piece = of_q < least ? of_q : least;
+  cudaError_t status = args.width <= 32    ? launch_attend<T, 32>(args, piece, device, stream)
+                       : args.width <= 64  ? launch_attend<T, 64>(args, piece, device, stream)
+                       : args.width <= 96  ? launch_attend<T, 96>(args, piece, device, stream)
+                       : args.width <= 128 ? launch_attend<T, 128>(args, piece, device, stream)
+                                           : launch_attend<T, 256>(args, piece, device, stream);
   if (status != cudaSuccess || args.n <= args.prefix || args.m <= args.prefix) return status;
   using Tile = typename Math<T, kChunk>::Sum;
   constexpr int kRows = kWarps * Tile::kWarpRows;
   static_assert(sum_shared_bytes<T>() <= 48 * 1024, "needs no asking");
   const int64_t blocks = sum_blocks(args.batch, args.n - args.prefix, args.m - args.prefix, kRows, Tile::kKeys);
-  return launch<sum_kernel<T>>(blocks, kThreads, sum_shared_bytes<T>(), device, stream, args, aligned);
+  return launch<sum_kernel<T>>(blocks, kThreads, sum_shared_bytes<T>(), device, stream, args, piece);
 }
 
 }  // namespace

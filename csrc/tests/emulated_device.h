@@ -32,7 +32,13 @@ struct EmulatedIndex {
 inline EmulatedIndex threadIdx, blockIdx;
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorNotSupported = 801, cudaErrorUnknown = 999 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorNotSupported = 801,
+  cudaErrorUnknown = 999
+};
 
 namespace lpmflow {
 
@@ -82,6 +88,7 @@ struct Meeting {
 struct Copy {
   void* to;
   const void* from;
+  int bytes;
   bool valid;
 };
 
@@ -136,10 +143,10 @@ class Machine {
     self.waits = nullptr;
   }
 
-  void begin_copy(void* to, const void* from, bool valid) {
-    check_shared(to, "cp.async");
-    if (reinterpret_cast<uintptr_t>(from) % 16 != 0 && valid) fail("cp.async from an address that is not aligned");
-    threads_[current_].groups.back().push_back({to, from, valid});
+  void begin_copy(void* to, const void* from, int bytes, bool valid) {
+    check_shared(to, bytes, "cp.async");
+    if (reinterpret_cast<uintptr_t>(from) % bytes != 0 && valid) fail("cp.async from an address that is not aligned");
+    threads_[current_].groups.back().push_back({to, from, bytes, valid});
   }
   void commit_copies() { threads_[current_].groups.emplace_back(); }
   void wait_copies(int pending) {
@@ -148,19 +155,19 @@ class Machine {
     for (int group = 0; group < finished; ++group) {
       for (const Copy& copy : groups[group]) {
         if (copy.valid) {
-          std::memcpy(copy.to, copy.from, 16);
+          std::memcpy(copy.to, copy.from, copy.bytes);
         } else {
-          std::memset(copy.to, 0, 16);
+          std::memset(copy.to, 0, copy.bytes);
         }
       }
     }
     if (finished > 0) groups.erase(groups.begin(), groups.begin() + finished);
   }
 
-  void check_shared(const void* address, const char* operation) {
+  void check_shared(const void* address, int bytes, const char* operation) {
     const int64_t offset = static_cast<const char*>(address) - reinterpret_cast<const char*>(shared_.data());
-    if (offset < 0 || offset + 16 > shared_bytes_) fail(std::string(operation) + " outside shared memory");
-    if (offset % 16 != 0) fail(std::string(operation) + " at a shared address that is not aligned");
+    if (offset < 0 || offset + bytes > shared_bytes_) fail(std::string(operation) + " outside shared memory");
+    if (offset % bytes != 0) fail(std::string(operation) + " at a shared address that is not aligned");
   }
 
   void fail(const std::string& what) {
@@ -175,7 +182,8 @@ class Machine {
 
   void run_block(unsigned block) {
     const int count = static_cast<int>(threads_.size());
-    std::memset(shared_.data(), 0xff, shared_.size() * sizeof(Sixteen));  // NaN in every type
+    uint16_t* const words = reinterpret_cast<uint16_t*>(shared_.data());
+    for (size_t x = 0; x < shared_.size() * 8; ++x) words[x] = 0x7fc1;  // NaN in every type, and as an index enormous
     block_ = {};
     block_.size = count;
     block_.arguments.resize(count);
@@ -268,7 +276,7 @@ void load_matrices(uint32_t (&registers)[4], const void* row) {
     uint32_t* registers;
     const uint16_t* row;
   } mine{registers, static_cast<const uint16_t*>(row)};
-  machine().check_shared(row, "ldmatrix");
+  machine().check_shared(row, 16, "ldmatrix");
   machine().meet(true, kTransposed ? "ldmatrix.trans" : "ldmatrix", &mine, [](const std::vector<void*>& lanes) {
     for (int lane = 0; lane < kLanes; ++lane) {
       for (int matrix = 0; matrix < 4; ++matrix) {
@@ -342,8 +350,9 @@ template <class T>
 T* shared_memory() {
   return static_cast<T*>(emulated::machine().shared());
 }
-inline void copy_async(void* shared, const void* global, bool valid) {
-  emulated::machine().begin_copy(shared, global, valid);
+template <int kBytes>
+void copy_async(void* shared, const void* global, bool valid) {
+  emulated::machine().begin_copy(shared, global, kBytes, valid);
 }
 inline void commit_copies() { emulated::machine().commit_copies(); }
 template <int kPending>
@@ -377,8 +386,11 @@ struct DeviceScope {
   cudaError_t status() const { return cudaSuccess; }
 };
 
+constexpr int kMostShared = 99 * 1024;
+
 template <auto kKernel, class... Arguments>
 cudaError_t launch(int64_t blocks, int threads, int shared_bytes, int, cudaStream_t, const Arguments&... arguments) {
+  if (blocks > INT32_MAX || shared_bytes > kMostShared) return cudaErrorInvalidConfiguration;
   return emulated::machine().run(blocks, threads, shared_bytes, [&] { kKernel(arguments...); }) ? cudaSuccess
                                                                                                 : cudaErrorUnknown;
 }

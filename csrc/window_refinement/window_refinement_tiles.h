@@ -1,27 +1,12 @@
-// How a map is cut into windows, a window's queries into vectors, and the bias laid out for them.
+// How a window's queries are cut into vectors, and the bias laid out for them.
 #pragma once
 
 #include "../cpu/buffer.h"
 #include "../cpu/simd.h"
-#include "window_refinement.h"
+#include "window_refinement_windows.h"
 
 namespace lpmflow {
 namespace LPMFLOW_ISA {
-
-// One axis of the map, cut into windows.
-struct WindowAxis {
-  int64_t side, window, shift;
-
-  int64_t count() const {
-    const int64_t rest = side > shift ? side - shift : 0;
-    return (shift > 0 && side > 0 ? 1 : 0) + (rest + window - 1) / window;
-  }
-  int64_t start(int64_t i) const { return shift == 0 ? i * window : i == 0 ? 0 : shift + (i - 1) * window; }
-  int64_t length(int64_t i) const {
-    const int64_t whole = shift > 0 && i == 0 ? shift : window, left = side - start(i);
-    return left < whole ? left : whole;
-  }
-};
 
 // A window's cells, dealt out to the lanes of `tiles()` vectors. Where a row of the window fills a vector, a tile is a
 // part of one row; in narrower windows the cells follow each other row by row. A smaller window at the edge of the map
@@ -102,26 +87,6 @@ void gather_bias(const WindowTiling<T>& tiling, const T* from, int64_t heads, T*
   for (int64_t i = 0; i < side * side; ++i) table[i * heads] = 0;
   tiling.each_offset([=](int64_t offset, int64_t element) { table[offset * heads] += from[element]; });
 }
-
-// One window: where it lies, and how large it is.
-struct Window {
-  int64_t batch, r, c, rows, columns;
-};
-
-struct WindowGrid {
-  WindowAxis vertical, horizontal;
-  int64_t batch;
-
-  explicit WindowGrid(const WindowShape& s)
-      : vertical{s.height, s.window, s.shift}, horizontal{s.width, s.window, s.shift}, batch(s.batch) {}
-
-  int64_t count() const { return batch * vertical.count() * horizontal.count(); }
-  Window operator[](int64_t i) const {
-    const int64_t across = horizontal.count(), down = vertical.count();
-    const int64_t x = i % across, y = i / across % down;
-    return {i / across / down, vertical.start(y), horizontal.start(x), vertical.length(y), horizontal.length(x)};
-  }
-};
 
 }  // namespace LPMFLOW_ISA
 }  // namespace lpmflow

@@ -1,7 +1,8 @@
 """`region_attention` by the native module: the operators `lpmflow::region_attention_native` and its backward.
 
-The arithmetic and its contract are in csrc/region_attention. The backward computes the probabilities anew, so nothing
-but the inputs is kept for it.
+The arithmetic and its contract are in csrc/region_attention. On the CPU the backward computes the probabilities anew,
+so nothing but the inputs is kept for it. On a CUDA device there is a forward only, whose second output is the largest
+logit and the inverse sum of each row, with which the Triton kernels do the backward.
 """
 
 from __future__ import annotations
@@ -11,47 +12,78 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpmflow_kernels.native import DTYPES, check, dense_rows, loaded, why_not_on_cpu
+from lpmflow_kernels.native import DTYPES, check, check_cuda, dense_rows, loaded, place_of, why_not_on_device
 from lpmflow_kernels.native._checks import check_first, check_range, check_tensor, exact_type
 from lpmflow_kernels.native._register import Operator, register
 
 OP = "region_attention"
+MAX_WIDTH = 128  # on CUDA devices
 Grid = tuple[int, int]
 
 
 def why_not(q: Tensor) -> str | None:
     """None when tensors like `q` can be computed here, else the reason in one sentence."""
-    return why_not_on_cpu("q", q)
+    reason = why_not_on_device("q", q)
+    if reason is None and q.device.type == "cuda" and q.shape[-1] > MAX_WIDTH:
+        reason = f"it takes head widths D up to {MAX_WIDTH} on CUDA devices, got {q.shape[-1]}"
+    return reason
 
 
 def region_attention(
     q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor, *, source_grid: Grid, target_grid: Grid, prefix: int
 ) -> Tensor:
     """`lpmflow.ops.region_attention` of checked arguments."""
-    attended: Tensor = torch.ops.lpmflow.region_attention_native(
-        q, k, v, bias_table, [*source_grid, *target_grid], prefix
-    )
+    attended, _ = torch.ops.lpmflow.region_attention_native(q, k, v, bias_table, [*source_grid, *target_grid], prefix)
     return attended
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor, grids: list[int], prefix: int) -> Tensor:
-    attended = _output(q, k, v, bias_table, grids, prefix)
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor, grids: list[int], prefix: int
+) -> tuple[Tensor, Tensor]:
+    attended, statistics = _outputs(q, k, v, bias_table, grids, prefix)
     if attended.numel() == 0:
-        return attended
+        return attended, statistics
     q, k, v = (dense_rows(x) for x in (q, k, v))
     table = _exact(bias_table, q)
     status = loaded(OP).region_attention_forward(
         *_shape(q, grids, prefix), *_rows(q), *_rows(k), *_rows(v), table.data_ptr(), attended.data_ptr()
     )
     check(OP, status)
-    return attended
+    return attended, statistics
 
 
-def _output(q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor, grids: list[int], prefix: int) -> Tensor:
-    """(B, H, N, D) with the heads inside the tokens, so that joining them copies nothing."""
+def _forward_cuda(
+    q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor, grids: list[int], prefix: int
+) -> tuple[Tensor, Tensor]:
+    attended, statistics = _outputs(q, k, v, bias_table, grids, prefix)
+    if attended.numel() == 0:
+        return attended, statistics
+    # Copies live until the launch is enqueued; the allocator keeps their memory for this stream.
+    q, k, v = (dense_rows(x) for x in (q, k, v))
+    table = _exact(bias_table, q)
+    status = loaded(OP).region_attention_forward_cuda(
+        *_shape(q, grids, prefix)[:-1],
+        *place_of(q),
+        *_rows(q),
+        *_rows(k),
+        *_rows(v),
+        table.data_ptr(),
+        attended.data_ptr(),
+        statistics.data_ptr(),
+    )
+    check_cuda(OP, status)
+    return attended, statistics
+
+
+def _outputs(
+    q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor, grids: list[int], prefix: int
+) -> tuple[Tensor, Tensor]:
+    """(B, H, N, D) with the heads inside the tokens, so that joining them copies nothing; and statistics for CUDA."""
     _check(q, k, v, bias_table, grids, prefix)
     batch, heads, tokens, width = q.shape
-    return q.new_empty((batch, tokens, heads, width)).transpose(1, 2)
+    statistics = (2, batch, heads, tokens) if q.device.type == "cuda" else (0,)
+    attended = q.new_empty((batch, tokens, heads, width)).transpose(1, 2)
+    return attended, q.new_empty(statistics, dtype=torch.float32)
 
 
 def _backward(
@@ -115,20 +147,28 @@ def _rows(x: Tensor) -> tuple[int, tuple[int, ...]]:
     return x.data_ptr(), x.stride()[:3]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, bias_table, ctx.grids, ctx.prefix = inputs
-    ctx.save_for_backward(q, k, v, bias_table)
+    ctx.table = bias_table.requires_grad
+    ctx.save_for_backward(q, k, v, bias_table, *(output if q.device.type == "cuda" else ()))
+    ctx.mark_non_differentiable(output[1])
 
 
-def _differentiate(ctx: Any, grad_attended: Tensor) -> tuple[Any, ...]:
-    backward = torch.ops.lpmflow.region_attention_native_backward
-    return (*backward(grad_attended, *ctx.saved_tensors, ctx.grids, ctx.prefix), None, None)
+def _differentiate(ctx: Any, grad_attended: Tensor, _: None) -> tuple[Any, ...]:
+    inputs, kept = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+    if kept:
+        backward = torch.ops.lpmflow.region_attention_triton_backward
+        grads = backward(grad_attended, *inputs, ctx.grids, ctx.prefix, *kept, ctx.table)
+    else:
+        backward = torch.ops.lpmflow.region_attention_native_backward
+        grads = backward(grad_attended, *inputs, ctx.grids, ctx.prefix)
+    return (*grads, None, None)
 
 
 _ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor bias_table, SymInt[] grids, SymInt prefix"
 register(
     OP,
-    Operator(f"({_ARGUMENTS}) -> Tensor", {"CPU": _forward}, _output),
+    Operator(f"({_ARGUMENTS}) -> (Tensor, Tensor)", {"CPU": _forward, "CUDA": _forward_cuda}, _outputs),
     Operator(f"(Tensor grad_attended, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)", {"CPU": _backward}, _grads),
     save=_save,
     differentiate=_differentiate,

@@ -1,7 +1,7 @@
 """`window_attention` by the native module: the operators `lpmflow::window_attention_native` and its backward.
 
 The arithmetic and its contract are in csrc/window_refinement. The backward computes the probabilities anew, so nothing
-but the inputs is kept for it.
+but the inputs is kept for it. On a CUDA device there is a forward only, and the Triton kernels do the backward.
 """
 
 from __future__ import annotations
@@ -11,16 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpmflow_kernels.native import DTYPES, check, dense_rows, loaded, why_not_on_cpu
+from lpmflow_kernels.native import DTYPES, check, check_cuda, dense_rows, loaded, place_of, why_not_on_device
 from lpmflow_kernels.native._checks import check_first, check_range, check_tensor, exact_type
 from lpmflow_kernels.native._register import Operator, register
 
 OP = "window_attention"
+MAX_WIDTH = 128  # on CUDA devices, and so is
+MAX_WINDOW = 32
 
 
-def why_not(qkv: Tensor) -> str | None:
-    """None when tensors like this one can be computed here, else the reason in one sentence."""
-    return why_not_on_cpu("qkv", qkv)
+def why_not(qkv: Tensor, *, width: int, window: int) -> str | None:
+    """None when tensors like this one, heads of `width` and such windows can be computed here, else the reason."""
+    reason = why_not_on_device("qkv", qkv)
+    if reason is not None or qkv.device.type == "cpu":
+        return reason
+    if width > MAX_WIDTH:
+        return f"it takes head widths up to {MAX_WIDTH} on CUDA devices, got {width}"
+    if window > MAX_WINDOW:
+        return f"it takes windows of up to {MAX_WINDOW} x {MAX_WINDOW} cells on CUDA devices, got {window} x {window}"
+    return None
 
 
 def window_attention(qkv: Tensor, bias_table: Tensor, *, heads: int, window: int, shift: int) -> Tensor:
@@ -38,6 +47,23 @@ def _forward(qkv: Tensor, bias_table: Tensor, heads: int, window: int, shift: in
         *_shape(qkv, heads, window, shift), *_cells(qkv), bias_table.data_ptr(), out.data_ptr()
     )
     check(OP, status)
+    return out
+
+
+def _forward_cuda(qkv: Tensor, bias_table: Tensor, heads: int, window: int, shift: int) -> Tensor:
+    out = _output(qkv, bias_table, heads, window, shift)
+    if out.numel() == 0:
+        return out
+    # Copies live until the launch is enqueued; the allocator keeps their memory for this stream.
+    qkv, bias_table = dense_rows(qkv), bias_table.contiguous()
+    status = loaded(OP).window_refinement_forward_cuda(
+        *_shape(qkv, heads, window, shift)[:-1],
+        *place_of(qkv),
+        *_cells(qkv),
+        bias_table.data_ptr(),
+        out.data_ptr(),
+    )
+    check_cuda(OP, status)
     return out
 
 
@@ -93,18 +119,23 @@ def _cells(x: Tensor) -> tuple[int, tuple[int, ...]]:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     qkv, bias_table, *ctx.sizes = inputs
+    ctx.table = bias_table.requires_grad
     ctx.save_for_backward(qkv, bias_table)
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    grads = torch.ops.lpmflow.window_attention_native_backward(grad, *ctx.saved_tensors, *ctx.sizes)
+    if grad.device.type == "cuda":
+        backward = torch.ops.lpmflow.window_attention_triton_backward
+        grads = backward(grad, *ctx.saved_tensors, *ctx.sizes, ctx.table)
+    else:
+        grads = torch.ops.lpmflow.window_attention_native_backward(grad, *ctx.saved_tensors, *ctx.sizes)
     return (*grads, None, None, None)
 
 
 _ARGUMENTS = "Tensor qkv, Tensor bias_table, SymInt heads, SymInt window, SymInt shift"
 register(
     OP,
-    Operator(f"({_ARGUMENTS}) -> Tensor", {"CPU": _forward}, _output),
+    Operator(f"({_ARGUMENTS}) -> Tensor", {"CPU": _forward, "CUDA": _forward_cuda}, _output),
     Operator(f"(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor)", {"CPU": _backward}, _grads),
     save=_save,
     differentiate=_differentiate,

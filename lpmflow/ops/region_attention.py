@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lpmflow import reference
 from lpmflow.ops._autocast import without_autocast
-from lpmflow.ops._autodiff import why_no_kernel
-from lpmflow.ops._backends import choose
+from lpmflow.ops._autodiff import needs_gradient, why_no_kernel
+from lpmflow.ops._backends import choose, why_no_backward
 from lpmflow.ops._checks import check_count, check_grid, check_like, check_shape, check_tensor
 
 OP = "region_attention"
@@ -84,6 +84,8 @@ def _why_not(backend: str, q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor) 
         from lpmflow_kernels.native import region_attention as native
 
         reason = native.why_not(q)
+        if reason is None and q.device.type == "cuda" and needs_gradient(q, k, v, bias_table):
+            reason = why_no_backward(OP)
     elif backend == "triton":
         from lpmflow_kernels import region_attention as triton
 

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from lpmflow import reference
 from lpmflow.ops._autocast import without_autocast
-from lpmflow.ops._autodiff import why_no_kernel
-from lpmflow.ops._backends import choose
+from lpmflow.ops._autodiff import needs_gradient, why_no_kernel
+from lpmflow.ops._backends import choose, why_no_backward
 from lpmflow.ops._checks import check_count, check_shape, check_tensor
 
 OP = "window_attention"
@@ -70,7 +70,9 @@ def why_not_attention(backend: str, qkv: Tensor, bias_table: Tensor, width: int,
     if backend == "native":
         from lpmflow_kernels.native import window_refinement as native
 
-        reason = native.why_not(qkv)
+        reason = native.why_not(qkv, width=width, window=window)
+        if reason is None and qkv.device.type == "cuda" and needs_gradient(qkv, bias_table):
+            reason = why_no_backward(OP)
     elif backend == "triton":
         from lpmflow_kernels import window_refinement as triton
 

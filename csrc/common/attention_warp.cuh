@@ -1,5 +1,5 @@
-// What a warp does with the tiles of the CUDA correlation: on tensor cores for the 16-bit types, by fused multiply-adds
-// for float32. TensorCoreMath and FmaMath have the same members, so that the kernels are written once:
+// What a warp does with the tiles of the CUDA attention kernels: on tensor cores for the 16-bit types, by fused
+// multiply-adds for float32. TensorCoreMath and FmaMath have the same members, so that the kernels are written once:
 //
 //   multiply_logits<kWidth>(s, q, k, lane): s += q k^T; q points to the warp's first row; shared tiles kWidth wide
 //   multiply_values<kWidth>(o, p, v, lane): o += p v
@@ -11,14 +11,14 @@
 
 #include <cstdint>
 
-#include "../common/device.cuh"
-#include "correlation_tiles.h"
+#include "attention_tiles.h"
+#include "device.cuh"
 
 namespace lpmflow {
 
-template <class T, int kRowTiles>
-struct TensorCoreMath : TensorCoreTile<kRowTiles> {
-  using Tile = TensorCoreTile<kRowTiles>;
+template <class T, int kRowTiles, int kTileKeys = 64>
+struct TensorCoreMath : TensorCoreTile<kRowTiles, kTileKeys> {
+  using Tile = TensorCoreTile<kRowTiles, kTileKeys>;
   static constexpr int kLogits = Tile::kKeys / Tile::kLanesPerRow;
 
   template <int kWidth>
@@ -150,22 +150,6 @@ struct FmaMath : FmaTile {
       if (column(lane, j) < width) to[column(lane, j)] = row[j] * factor;
     }
   }
-};
-
-// The attending kernel for widths up to kWidth, and the summing kernel. 32 query rows a warp, so that what is read of
-// keys and values serves two mma; 16 where 32 rows of attended values would not fit in the registers.
-// kAttendBlocks: how many blocks are to fit on a multiprocessor; three leave a thread 168 registers, two 255.
-template <class T, int kWidth>
-struct Math {
-  using Attend = TensorCoreMath<T, kWidth <= 96 ? 2 : 1>;
-  using Sum = TensorCoreMath<T, 2>;
-  static constexpr int kAttendBlocks = kWidth == 32 || kWidth == 128 ? 3 : 2;
-};
-template <int kWidth>
-struct Math<float, kWidth> {
-  using Attend = FmaMath;
-  using Sum = FmaMath;
-  static constexpr int kAttendBlocks = kWidth <= 96 ? 3 : 2;
 };
 
 }  // namespace lpmflow
