@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from lpmflow.result import Match
 
 OUTPUTS = (".png", ".npz", ".flo")
-BENCHMARKS = ("spair", "pf-pascal", "pf-willow", "caltech-101", "ap-10k", "hpatches")
-PROTOCOLS = ("spair", "lpmflow", "cats", "dift", "geoaware", "pf-pascal", "pf-willow", "pf-willow-bbox")
+BENCHMARKS = ("spair", "pf-pascal", "pf-willow", "caltech-101", "ap-10k", "hpatches", "dense")
+PROTOCOLS = ("spair", "lpmflow", "cats", "cats-512", "dift", "geoaware", "pf-pascal", "pf-willow", "pf-willow-bbox")
 
 EXAMPLES = {
     "main": """\
@@ -49,7 +49,8 @@ examples:
   lpmflow evaluate --benchmark spair --root SPair-71k --split test --protocol spair lpmflow --predictions kept.file
   lpmflow evaluate --benchmark pf-willow --root PF-WILLOW --model trained.safetensors --json out.json --worst 9 worst
   lpmflow evaluate --benchmark pf-willow --root PF-WILLOW --model identity
-  lpmflow evaluate --benchmark hpatches --root hpatches/v_dogman
+  lpmflow evaluate --benchmark hpatches --root hpatches-sequences-release
+  lpmflow evaluate --benchmark dense --root FOLDER   1.png, 2.png and flow.npz or flow.flo, or folders of these
 
 A figure means nothing without its protocol, which says what is measured against what; lpmflow/evaluation/README.md
 describes each. --model identity matches nothing: what the data set gives away for nothing.

@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_up_pairs import PER_IMAGE, PER_POINT, THREE, keypoints, outlines, picture
+from made_up_pairs import PER_IMAGE, PER_POINT, THREE, keypoints, outlines
 from safetensors import safe_open
 
 import lpmflow
 from lpmflow import benchmark, cli
 from lpmflow.benchmark import evaluate
-from lpmflow.data import load_homographies
 from lpmflow.evaluation import PROTOCOLS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -170,53 +169,6 @@ def test_an_unknown_benchmark(tmp_path: Path, shifted: lpmflow.Matcher, name: st
         evaluate(name, tmp_path, shifted)
 
 
-# Homographies
-
-
-def sequence(folder: Path, **homographies: str) -> Path:
-    picture(folder / "1.png")
-    for name, text in homographies.items():
-        picture(folder / f"{name[4:]}.png")
-        (folder / name).write_text(text)
-    return folder
-
-
-MET, TWO_OFF = "1 0 3 0 1 -2 0 0 1", "1 0 3 0 1 -4 0 0 1"
-STRETCHED = "2 0 0 0 1 -2 0 0 1"
-# STRETCHED sends x to 2 x; 48 columns are seen, and the shift by 3 misses by |x - 3|: at most 0.96 in one of them, at
-# most 4.8 in eight, and half of them by 20 or less, half by 21 or more.
-SHARES = """\
-                   within 1 %    within 5 %   median error   mean error
-v_wall 1-2             100.0 %       100.0 %         0.0 px       0.0 px
-v_wall 1-3               0.0 %       100.0 %         2.0 px       2.0 px
-v_wall 1-4               2.1 %        16.7 %        20.5 px      20.8 px
-"""
-
-
-def test_shares_of_known_misses(tmp_path: Path, shifted: lpmflow.Matcher) -> None:
-    lines: list[str] = []
-    folder = sequence(tmp_path / "v_wall", H_1_2=MET, H_1_3=TWO_OFF, H_1_4=STRETCHED)
-    benchmark.report_homographies(load_homographies(folder), shifted, batch_size=2, say=lines.append)
-    assert [line.split() for line in lines] == [line.split() for line in SHARES.splitlines()]
-    assert len({line.index("%") for line in lines[1:]}) == len({len(line) for line in lines[1:]}) == 1  # in columns
-
-
-def test_only_pixels_seen_in_the_target_count(tmp_path: Path, shifted: lpmflow.Matcher) -> None:
-    pairs = load_homographies(sequence(tmp_path / "v_wall", H_1_2=MET, H_1_3=TWO_OFF, H_1_4=STRETCHED))
-    errors = benchmark.report_homographies(pairs, shifted, batch_size=8, say=str)
-    assert list(errors) == ["v_wall 1-2", "v_wall 1-3", "v_wall 1-4"]
-    assert [len(error) for error in errors.values()] == [93 * 94, 93 * 92, 48 * 94]
-    np.testing.assert_allclose(errors["v_wall 1-3"], 2 / 96, atol=1e-6)
-    wanted = np.tile(np.abs(np.arange(48) - 3) / 96, 94)
-    np.testing.assert_allclose(errors["v_wall 1-4"], wanted, atol=1e-6)
-
-
-def test_a_homography_that_shows_nothing(tmp_path: Path, shifted: lpmflow.Matcher) -> None:
-    folder = sequence(tmp_path / "v_wall", H_1_2="1 0 500 0 1 0 0 0 1")
-    with pytest.raises(ValueError, match=r"v_wall 1-2: no pixel of .*1\.png lies in .*2\.png by its homography"):
-        benchmark.report_homographies(load_homographies(folder), shifted, batch_size=8, say=str)
-
-
 # The command
 
 
@@ -270,8 +222,12 @@ def test_the_command_reads_symmetric_groups(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--benchmark", "spair", "--root", "absent"], "root must be a folder in the layout of SPair-71k"),
-        (["--benchmark", "hpatches", "--root", "absent"], "folder must hold files H_1_2"),
+        (["--benchmark", "spair", "--root", "absent"], "root must be a folder, but there is no 'absent'"),
+        (["--benchmark", "hpatches", "--root", "absent"], "root must be a folder, but there is no 'absent'"),
+        (["--benchmark", "hpatches", "--root", "."], "root must hold files H_1_2"),
+        (["--benchmark", "dense", "--root", "."], "root must hold flow.npz or flow.flo beside"),
+        (["--benchmark", "dense", "--root", ".", "--predictions", "x"], "--predictions must not be given for dense"),
+        (["--benchmark", "dense", "--root", ".", "--workers", "1"], "--workers must not be given for dense"),
         (["--benchmark", "spair", "--root", ".", "--batch-size", "0"], "batch_size must be at least 1, got 0"),
         (["--benchmark", "hpatches", "--root", ".", "--batch-size", "-3"], "batch_size must be at least 1, got -3"),
         (["--benchmark", "hpatches", "--root", ".", "--alpha", "0.1"], "--alpha must not be given for hpatches"),

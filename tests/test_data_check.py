@@ -184,12 +184,22 @@ def test_every_line_of_a_list_is_read(tmp_path: Path) -> None:
     assert lines == ["3", "4", "5"]
 
 
-@pytest.mark.parametrize("name", ["", "absent"])
-def test_no_layout(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("", " in the layout of one of spair, pf-pascal, "), ("absent", ", but there is no "), ("file", ", but ")],
+)
+def test_no_layout(tmp_path: Path, name: str, what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
     assert cli.main(["data", "check", str(tmp_path / name)]) == 1
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 1
-    assert said.err.startswith("lpmflow: error: root must be a folder in the layout of one of spair, pf-pascal, ")
+    assert said.err.startswith(f"lpmflow: error: root must be a folder{what}")
+
+
+def test_a_layout_in_a_folder_of_the_folder_is_pointed_at(tmp_path: Path) -> None:
+    spair(tmp_path / "mine", "val", "cat")
+    with pytest.raises(FileNotFoundError, match="which '.*' is not; '.*mine' in it is in that of spair$"):
+        check_pairs(tmp_path)
 
 
 def test_a_layout_that_is_named_and_not_there(tmp_path: Path) -> None:

@@ -76,12 +76,30 @@ def test_no_homographies(tmp_path: Path, names: tuple[str, ...]) -> None:
     folder = make(tmp_path / "empty", dict.fromkeys(names, SHIFT), ("1.png", "2.png"))
     with pytest.raises(FileNotFoundError) as refused:
         load_homographies(folder)
-    assert "folder must hold files H_1_2, H_1_3" in str(refused.value) and repr(str(folder)) in str(refused.value)
+    assert "root must hold files H_1_2, H_1_3" in str(refused.value) and repr(str(folder)) in str(refused.value)
 
 
 def test_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="folder must hold files H_1_2"):
+    with pytest.raises(FileNotFoundError, match="^root must be a folder, but there is no "):
         load_homographies(tmp_path / "absent")
+
+
+def test_a_folder_of_sequences(tmp_path: Path) -> None:
+    for name in ("v_wall", "i_lake"):
+        make(tmp_path / name, {"H_1_2": SHIFT, "H_1_3": TILT}, ("1.png", "2.png", "3.png"))
+    (tmp_path / "readme").mkdir()
+    (tmp_path / "notes.txt").touch()
+    names = ["i_lake 1-2", "i_lake 1-3", "v_wall 1-2", "v_wall 1-3"]
+    assert [pair.name for pair in load_homographies(tmp_path)] == names
+
+
+def test_the_flow_of_a_homography() -> None:
+    """3 to the right and 2 up: of 4 x 5 pixels of a target as large, the rows from the third and all but 3 columns."""
+    flow, seen = pair((1, 0, 3), (0, 1, -2), (0, 0, 1)).truth((5, 4), (5, 4))
+    assert flow.shape == (5, 4, 2) and flow[seen].tolist() == [[3, -2]] * 3
+    assert np.argwhere(seen).tolist() == [[2, 0], [3, 0], [4, 0]]
+    with pytest.raises(ValueError, match=r"pair: no pixel of 1\.png lies in 2\.png by its homography"):
+        pair((1, 0, 9), (0, 1, 0), (0, 0, 1)).truth((5, 4), (5, 4))
 
 
 @pytest.mark.parametrize(("there", "number"), [("2.png", 1), ("1.png", 2)])

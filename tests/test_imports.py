@@ -31,7 +31,7 @@ ARROWS: dict[str, set[str]] = {
     "ops": {"reference", "lpmflow_kernels"},
     "model": LEAVES | {"ops", "memory"},
     "matcher": LEAVES | {"images", "result", "model", "memory"},
-    "data": LEAVES | {"images", "memory"},
+    "data": LEAVES | {"images", "memory", "flowfile"},
     "evaluation": LEAVES | {"data"},
     "training": LEAVES | {"images", "data", "model", "evaluation", "flowfile"},
     "identity": LEAVES | {"images", "result"},

@@ -101,12 +101,16 @@ def test_an_unknown_benchmark(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", BENCHMARKS)
 @pytest.mark.parametrize("split", ["train", "", "VAL", "../val"])
 def test_an_unknown_split(tmp_path: Path, name: str, split: str) -> None:
+    splits = layout(name).splits
+    wanted = f"one of {', '.join(splits)}" if len(splits) > 1 else splits[0]
     with pytest.raises(ValueError) as refused:
         load_pairs(name, tmp_path, split)
-    assert str(refused.value) == f"split must be one of {', '.join(layout(name).splits)}, got {split!r}"
+    assert str(refused.value) == f"split must be {wanted}, got {split!r}"
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_a_folder_that_is_not_there(tmp_path: Path, name: str) -> None:
     with pytest.raises(FileNotFoundError, match="^root must be a folder in the layout of "):
+        load_pairs(name, tmp_path, "test")
+    with pytest.raises(FileNotFoundError, match="^root must be a folder, but there is no '.*absent'$"):
         load_pairs(name, tmp_path / "absent", "test")

@@ -78,16 +78,25 @@ def test_cats_by_hand() -> None:
     np.testing.assert_allclose(misses, np.hypot([10, 0], [3, -10]) / 110, rtol=1e-12)
 
 
+def test_cats_at_512_by_hand() -> None:
+    """The same pair at 512 x 512: x of the source as it is and y doubled, R = max(220, 2 * 100) = 220."""
+    rule = protocol("cats-512")
+    assert rule.reference(pair(), SOURCE_SIZE, TARGET_SIZE) == pytest.approx(220)
+    landed = np.array([[120.5, 53.0], [300.5, 190.0]])  # pixels (120.5, 106.5) and (300.5, 380.5) of 512 x 512
+    misses = rule.misses(pair(), landed, SOURCE_SIZE, TARGET_SIZE).diagonal()
+    np.testing.assert_allclose(misses, np.hypot([20.5, 0.5], [6.5, -19.5]) / 220, rtol=1e-12)
+
+
 def test_which_photograph_is_judged() -> None:
     for rule in PROTOCOLS.values():
-        forward = rule.name != "cats"
+        forward = rule.name not in ("cats", "cats-512")
         assert rule.direction == (FORWARD if forward else BACKWARD)
         np.testing.assert_array_equal(rule.truth(pair()), pair().target_points if forward else pair().source_points)
 
 
 def test_the_border_and_the_average() -> None:
     assert [rule.name for rule in PROTOCOLS.values() if rule.strict] == ["geoaware"]
-    assert [rule.name for rule in PROTOCOLS.values() if rule.truncate] == ["lpmflow", "cats"]
+    assert [rule.name for rule in PROTOCOLS.values() if rule.truncate] == ["lpmflow", "cats", "cats-512"]
     assert [rule.name for rule in PROTOCOLS.values() if rule.geometry == "pad"] == ["geoaware"]
     assert {rule.average for rule in PROTOCOLS.values()} == {"image"}
     assert set(DEFAULTS.values()) <= set(PROTOCOLS)
@@ -123,7 +132,7 @@ def test_truncated_points_are_whole_pixels_of_the_frame() -> None:
     np.testing.assert_allclose(asked, [[10, 41.5 / 2 - 0.5], [0, 511.5 / 2 - 0.5]], rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["lpmflow", "cats"])
+@pytest.mark.parametrize("name", ["lpmflow", "cats", "cats-512"])
 def test_truncation_is_the_rule_of_the_released_codes(name: str) -> None:
     """The flow is resized to the frame and read at the truncated point, which it moves."""
     rule, random = protocol(name), np.random.default_rng(3)

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,10 +102,51 @@ def test_the_official_split_is_shown_beside_the_papers() -> None:
 
 
 def test_what_is_the_official_split() -> None:
-    official = [name for name, pairs in SPAIR_TEST_PAIRS.items() for _ in range(pairs)]
+    official = official_pairs()
     assert len(official) == 12234 and is_spair_test(official)
-    assert not is_spair_test(official[:-1]) and not is_spair_test([*official[:-1], "cat"])
-    assert not is_spair_test([*official, "cup"]) and not is_spair_test([])
+    assert not is_spair_test(official[:-1]) and not is_spair_test([])
+    assert not is_spair_test([*official[:-1], official[0]]) and not is_spair_test([*official, official[0]])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"name": "000000-2008_000000-2008_000001:cat"},  # not its own category
+        {"name": "000000-2008_000000-2008_000001_aeroplane"},
+        {"name": "000001-2008_000000-2008_000001:aeroplane"},  # the number of another pair
+        {"name": "000000-2008_000002-2008_000001:aeroplane"},  # not its own photographs
+        {"name": "000000-2008_000000-2008_000000:aeroplane", "target": Path("2008_000000.jpg")},
+        {"name": "000000-2008_000000-2008_000002:aeroplane", "target": Path("2008_000002.jpg")},  # a pair there is
+        {"category": "cup"},
+        {"difficulty": {}},
+        {"difficulty": {"viewpoint": 0, "scale": 0, "truncation": 0}},
+        {"point_ids": None},
+    ],
+)
+def test_a_single_pair_that_is_not_of_the_official_split(fields: dict[str, Any]) -> None:
+    first, *others = official_pairs()
+    assert is_spair_test([first, *others])
+    assert not is_spair_test([dataclasses.replace(first, **fields), *others])
+
+
+def test_pairs_of_too_many_photographs_are_not_the_official_split() -> None:
+    assert not is_spair_test(official_pairs(photographs=101))
+
+
+def official_pairs(photographs: int = 30) -> list[KeypointPair]:
+    """Pairs with the official counts, called as the official ones, between so many photographs of each category."""
+    points, pairs = np.array([[1.0, 1.0]]), []
+    levels = {"viewpoint": 0, "scale": 0, "truncation": 0, "occlusion": 0}
+    for category, count in SPAIR_TEST_PAIRS.items():
+        ordered = [(a, (a + step) % photographs) for step in range(1, photographs) for a in range(photographs)]
+        for a, b in sorted(ordered[:count]):
+            names = f"2008_{a:06d}", f"2008_{b:06d}"
+            name = f"{len(pairs):06d}-{names[0]}-{names[1]}:{category}"
+            images = [Path(f"{one}.jpg") for one in names]
+            pairs.append(
+                KeypointPair(name, category, *images, points, points, point_ids=np.array([0]), difficulty=levels)
+            )
+    return pairs
 
 
 def test_categories_of_another_data_set_stand_below_each_other() -> None:

@@ -4,15 +4,15 @@ report = evaluate("spair", "SPair-71k", lpmflow.Matcher(), split="val", protocol
 print("\\n".join(report.lines()))
 """
 
+from lpmflow.benchmark.dense import DENSE, evaluate_dense
 from lpmflow.benchmark.evaluate import evaluate
-from lpmflow.benchmark.homographies import report_homographies
 from lpmflow.benchmark.predict import PairMatcher, predict
 from lpmflow.benchmark.predictions import Predictions
 from lpmflow.benchmark.report import Report, Row, check_folder, check_writable, write
 from lpmflow.benchmark.world import World, local_device, world
 from lpmflow.data.pairs import BENCHMARKS as PAIRS
 
-BENCHMARKS = (*PAIRS, "hpatches")
+BENCHMARKS = (*PAIRS, *DENSE)
 """What `lpmflow evaluate --benchmark` knows."""
 
 __all__ = [
@@ -25,9 +25,9 @@ __all__ = [
     "check_folder",
     "check_writable",
     "evaluate",
+    "evaluate_dense",
     "local_device",
     "predict",
-    "report_homographies",
     "world",
     "write",
 ]

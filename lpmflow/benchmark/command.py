@@ -11,15 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lpmflow.benchmark.dense import DENSE, evaluate_dense
 from lpmflow.benchmark.evaluate import evaluate
-from lpmflow.benchmark.homographies import report_homographies
 from lpmflow.benchmark.predict import PairMatcher
-from lpmflow.benchmark.report import check_folder, check_writable, write
+from lpmflow.benchmark.report import Report, check_folder, check_writable, write
 from lpmflow.benchmark.world import World, local_device, world
 from lpmflow.data.files import read_json
-from lpmflow.data.homographies import load_homographies
 
-_ONLY_PAIRS = ("split", "protocol", "alpha", "predictions", "json", "csv", "markdown", "groups", "worst")
+_ONLY_PAIRS = ("split", "protocol", "alpha", "predictions", "groups", "worst", "workers")
 _FILES = ("predictions", "json", "csv", "markdown")
 
 
@@ -32,12 +31,16 @@ def run(args: argparse.Namespace, options: dict[str, Any]) -> int:
     if args.batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {args.batch_size}")
     check_writable({f"--{name}": getattr(args, name) for name in _FILES})
-    if args.benchmark == "hpatches":
+    if args.benchmark in DENSE:
         for name in _ONLY_PAIRS:
             if getattr(args, name):
-                raise ValueError(f"--{name} must not be given for hpatches, which has dense truth and no keypoints")
-        pairs = load_homographies(Path(args.root))
-        report_homographies(pairs, make_matcher(options), batch_size=args.batch_size, say=print)
+                raise ValueError(
+                    f"--{name} must not be given for {args.benchmark}, which has dense truth and no keypoints"
+                )
+        with world() as here:
+            matcher = make_matcher(options)
+            report = evaluate_dense(args.benchmark, args.root, matcher, batch_size=args.batch_size, world=here)
+            _finish(report, args, here)
         return 0
     count, folder = (_count(args.worst[0]), args.worst[1]) if args.worst else (0, None)
     if folder is not None:
@@ -63,10 +66,14 @@ def run(args: argparse.Namespace, options: dict[str, Any]) -> int:
                 )
         except KeyboardInterrupt as stop:
             return _stopped(stop, args.predictions, here)
-        if here.first:
-            write(report, args.json, args.csv, args.markdown)
-            print("\n".join(report.lines()))
+        _finish(report, args, here)
     return 0
+
+
+def _finish(report: Report, args: argparse.Namespace, here: World) -> None:
+    if here.first:
+        write(report, args.json, args.csv, args.markdown)
+        print("\n".join(report.lines()))
 
 
 def make_matcher(options: dict[str, Any]) -> PairMatcher:

@@ -109,7 +109,7 @@ def evaluate(
         model=matcher.name,
         model_hash=known.key.model,
         dataset_hash=known.key.pairs,
-        official=benchmark == "spair" and part == "test" and is_spair_test(categories),
+        official=benchmark == "spair" and part == "test" and is_spair_test(pairs),
         protocols={rule.name: rule.as_dict() for rule in rules} or {MASKS: {"name": MASKS, "rule": OUTLINES}},
         alphas=used,
         rows=rows,

@@ -35,7 +35,7 @@ class PairMatcher(Protocol):
         """The same for the same answers, another for others."""
 
     def batch(self, pairs: Any, batch_size: int = 8) -> list[Match]:
-        """One `Match` for each (source, target), images as tensors (3, H, W) uint8."""
+        """One `Match` for each (source, target), images as tensors (3, H, W) uint8 or paths."""
 
 
 def predict(
@@ -96,7 +96,7 @@ def _match_missing(
     missing = known.missing(name)
     batches = [missing[first : first + batch_size] for first in range(0, len(missing), batch_size)]
     mine = iter(_loaded(pairs, batches[here.rank :: here.size], workers))
-    progress = _Progress(name, len(missing), len(pairs), here.first)
+    progress = Progress(name, len(missing), len(pairs), here.first)
     for _ in range(0, len(batches), here.size):
         try:
             samples = next(mine, [])
@@ -108,11 +108,7 @@ def _match_missing(
             if here.size == 1:
                 raise
             found = error
-        for rank, answers in enumerate(here.gather(found)):
-            if isinstance(answers, Exception):
-                if rank == here.rank:
-                    raise answers
-                raise RuntimeError(f"process {rank} of {here.size} failed: {answers}")
+        for answers in here.gather_or_raise(found):
             for number, sizes, landed in answers:
                 known.put(name, number, sizes, landed)
             progress.add(len(answers))
@@ -210,7 +206,7 @@ class _Saver:
         self.saved = time.monotonic()
 
 
-class _Progress:
+class Progress:
     """A bar on a terminal, else one line when it is done; nothing when there was nothing to do."""
 
     def __init__(self, name: str, missing: int, total: int, shown: bool) -> None:

@@ -35,16 +35,16 @@ class Row:
 
     protocol: str
     measure: str
-    """"PCK", "PCK-dagger", "LT-ACC" or "IoU"."""
+    """"PCK", "PCK-dagger", "LT-ACC", "IoU", or one of `lpmflow.benchmark.dense.MEASURES`."""
     alpha: float | None
     group: str
-    """"all", "category", "geometry-aware", or what pairs are split by, such as "viewpoint"."""
+    """"all", "category", "geometry-aware", "pair", or what pairs are split by, such as "viewpoint"."""
     name: str
-    """Which category, or which level; empty for "all"."""
+    """Which category, level or pair; empty for "all"."""
     per_image: float
-    """Percent, mean over pairs."""
+    """Percent (pixels where the measure is one of distance), mean over pairs."""
     per_point: float | None
-    """Percent, over all points; None for masks."""
+    """The same over all points or pixels; None for masks and medians."""
     pairs: int
     points: int | None
     per_image_low: float | None = None
@@ -68,7 +68,7 @@ class Report:
     model_hash: str
     dataset_hash: str
     official: bool
-    """Whether this is the official test split of SPair-71k, of which papers report."""
+    """Whether this is the official test split of SPair-71k, of which papers report; `is_spair_test` says by what."""
     protocols: dict[str, dict[str, Any]]
     """Name -> fields and rule."""
     alphas: dict[str, tuple[float, ...]]

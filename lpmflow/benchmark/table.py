@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import textwrap
 
+from lpmflow.benchmark.dense import DENSE, MEASURES
 from lpmflow.benchmark.report import Report
 from lpmflow.evaluation.published import ALPHA, SPAIR_CATEGORIES, SPAIR_TABLE
 
+_OFFICIAL = "the official test split, by names and counts of its pairs"
+_UNITS = (("points", "categories"), ("pixels", "folders"))
 _WIDE = 20
 """Categories that still stand side by side."""
 
 
 def screen(report: Report) -> list[str]:
     """Lines of text, at most some 130 columns wide where categories are those of SPair-71k."""
+    known, kinds = _UNITS[report.benchmark in DENSE]
     said = [
-        f"{report.benchmark} {report.split} of {report.root}: {report.pairs:,} pairs, {report.points:,} points, "
-        f"{report.categories} categories",
+        f"{report.benchmark} {report.split} of {report.root}: {report.pairs:,} pairs, {report.points:,} {known}, "
+        f"{report.categories} {kinds}" + (f"; {_OFFICIAL}" if report.official else ""),
         f"model {report.model}, {report.model_hash}",
     ]
     for name, fields in report.protocols.items():
         said.append("")
         said += textwrap.wrap(f"{name}: {fields['rule']}", 118, subsequent_indent="  ", break_on_hyphens=False)
-        said += _masks(report) if name == "masks" else _keypoints(report, name)
+        said += _keypoints(report, name) if name in report.alphas else _others(report, name)
     return said + _papers(report)
 
 
@@ -29,7 +33,8 @@ def markdown(report: Report) -> str:
     """A section for each protocol, with the same tables."""
     said = [f"# {report.benchmark} {report.split}: {report.model}", ""]
     said += [
-        f"- data: {report.root}, {report.pairs:,} pairs, {report.points:,} points, hash `{report.dataset_hash}`",
+        f"- data: {report.root}, {report.pairs:,} pairs, {report.points:,} {_UNITS[report.benchmark in DENSE][0]}, "
+        f"hash `{report.dataset_hash}`",
         f"- model: {report.model}, hash `{report.model_hash}`",
         f"- measured {report.date} with " + ", ".join(f"{name} {one}" for name, one in report.versions.items()),
     ]
@@ -38,6 +43,8 @@ def markdown(report: Report) -> str:
         for header, rows in _tables(report, name):
             said += ["", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
             said += ["| " + " | ".join(row) + " |" for row in rows]
+    if report.official:
+        said += ["", f"{_OFFICIAL[0].upper()}{_OFFICIAL[1:]}."]
     if report.benchmark == "spair" and not report.official:
         said += ["", "Not the official test split of SPair-71k, so nothing here compares with papers on it."]
     return "\n".join(said) + "\n"
@@ -53,12 +60,14 @@ def _keypoints(report: Report, protocol: str) -> list[str]:
     return said
 
 
-def _masks(report: Report) -> list[str]:
-    return [line for header, rows in _tables(report, "masks") for line in ("", *_aligned(header, rows))]
+def _others(report: Report, protocol: str) -> list[str]:
+    return [line for header, rows in _tables(report, protocol) for line in ("", *_aligned(header, rows))]
 
 
 def _tables(report: Report, protocol: str) -> list[tuple[list[str], list[list[str]]]]:
     """The summary, the categories, the difficulties: (header, rows) each."""
+    if protocol in DENSE:
+        return [_dense(report, protocol)]
     if protocol == "masks":
         both = {measure: report.select("masks", measure) for measure in ("LT-ACC", "IoU")}
         summary = [[measure, _percent(row.per_image)] for measure, rows in both.items() for row in rows]
@@ -86,6 +95,18 @@ def _tables(report: Report, protocol: str) -> list[tuple[list[str], list[list[st
         ]
         tables.append(([f"difficulty, PCK@{alpha:g}", "pairs", "per image", "per point"], rows))
     return tables
+
+
+def _dense(report: Report, protocol: str) -> tuple[list[str], list[list[str]]]:
+    """A line for each pair, then their mean and that over all pixels."""
+    units = {"EPE": "EPE, px", "median": "median, px", "Fl": "Fl, %"}
+    totals = [report.select(protocol, measure)[0] for measure in MEASURES]
+    by_pair = [report.select(protocol, measure, "pair") for measure in MEASURES]
+    rows = [[row[0].name, *(_percent(one.per_image) for one in row)] for row in zip(*by_pair, strict=True)]
+    if len(rows) > 1:
+        rows.append(["mean over pairs", *(_percent(row.per_image) for row in totals)])
+        rows.append(["all pixels", *(_percent(row.per_point) for row in totals)])
+    return ["pair", *(units.get(measure, measure) for measure in MEASURES)], rows
 
 
 def _summary(report: Report, protocol: str) -> tuple[list[str], list[list[str]]]:

@@ -33,6 +33,16 @@ class World:
         dist.all_gather_object(found, value)
         return found
 
+    def gather_or_raise(self, value: Any) -> list[Any]:
+        """`gather` where a process that failed gives its Exception: it raises that, and the others RuntimeError."""
+        found = self.gather(value)
+        for rank, one in enumerate(found):
+            if isinstance(one, Exception):
+                if rank == self.rank:
+                    raise one
+                raise RuntimeError(f"process {rank} of {self.size} failed: {one}")
+        return found
+
     def same(self, value: Any) -> Any:
         """The first process's `value`, in every process."""
         return self.gather(value)[0]

@@ -1,5 +1,6 @@
 """Data: photographs, warp pairs made from them, and image pairs with ground truth."""
 
+from lpmflow.data.flows import FlowPair, load_flows
 from lpmflow.data.homographies import HomographyPair, load_homographies
 from lpmflow.data.loader import PairBatch, PairDataset, PairSample, collate
 from lpmflow.data.masks import read_mask
@@ -10,6 +11,7 @@ from lpmflow.data.warps import WarpBatch, WarpPairs, WarpRange
 
 __all__ = [
     "BENCHMARKS",
+    "FlowPair",
     "HomographyPair",
     "KeypointPair",
     "PairBatch",
@@ -19,6 +21,7 @@ __all__ = [
     "WarpPairs",
     "WarpRange",
     "collate",
+    "load_flows",
     "load_homographies",
     "load_pairs",
     "load_photos",

@@ -9,15 +9,21 @@ from __future__ import annotations
 import os
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from lpmflow.data.files import require_folder
+from lpmflow.data.flows import FlowPair, holds_flow, load_flows
+from lpmflow.data.homographies import HomographyPair, homography_files, load_homographies
 from lpmflow.data.masks import read_mask
 from lpmflow.data.pairs import BENCHMARKS, KeypointPair, Layout, beyond, layout, pair_records, require_inside
 
+_HOLDS = {"hpatches": homography_files, "dense": holds_flow}
+KNOWN = (*BENCHMARKS, *_HOLDS)
+"""The layouts that are recognised."""
 CAP = 20
 """Mistakes that are printed; the rest are counted."""
 
@@ -44,12 +50,14 @@ class Report:
     """(height, width) of every photograph that can be decoded."""
     beyond: int = 0
     """Points that lie beyond the border of their photograph, by no more than is allowed; one of every pair's each."""
+    unit: str = "points"
+    """What is known to correspond: points, or pixels where every one's place is known."""
     wrong: list[str] = field(default_factory=list)
     """One sentence each, beginning with the file and the record; a missing file is told once, with how many want it."""
 
     def lines(self, cap: int = CAP) -> list[str]:
         """The report as lines of text, with `cap` mistakes at most and the number of the rest."""
-        table: list[tuple[str, ...]] = [("split", "pairs", "points", "photographs", "categories")]
+        table: list[tuple[str, ...]] = [("split", "pairs", self.unit, "photographs", "categories")]
         for split in self.splits:
             counts = (split.pairs, split.points, split.photographs, len(split.categories))
             table.append((split.name, *(f"{count:,}" for count in counts)))
@@ -79,18 +87,27 @@ class Report:
 
 
 def recognise(root: str | os.PathLike[str]) -> str:
-    """The name, one of `BENCHMARKS`, of the layout a folder is in.
+    """The name, one of `KNOWN`, of the layout a folder is in.
 
-    Raises FileNotFoundError when it is in none, ValueError when it is in several.
+    Raises FileNotFoundError or NotADirectoryError when it is in none, ValueError when it is in several.
     """
-    found = [name for name in BENCHMARKS if layout(name).present(Path(root))]
+    folder = require_folder(root)
+    found = _recognised(folder)
     if not found:
+        below = [(one, names) for one in sorted(folder.iterdir()) if one.is_dir() and (names := _recognised(one))]
+        hint = f"; {str(below[0][0])!r} in it is in that of {below[0][1][0]}" if below else ""
         raise FileNotFoundError(
-            f"root must be a folder in the layout of one of {', '.join(BENCHMARKS)}, which {str(root)!r} is not"
+            f"root must be a folder in the layout of one of {', '.join(KNOWN)}, which {str(root)!r} is not{hint}"
         )
     if len(found) > 1:
         raise ValueError(f"benchmark must be given, {' or '.join(found)}: {str(root)!r} is in the layout of each")
     return found[0]
+
+
+def _recognised(folder: Path) -> list[str]:
+    names = [name for name in BENCHMARKS if layout(name).present(folder)]
+    inside = [folder, *(one for one in folder.iterdir() if one.is_dir())]
+    return [*names, *(name for name, holds in _HOLDS.items() if any(map(holds, inside)))]
 
 
 def check_pairs(
@@ -102,10 +119,15 @@ def check_pairs(
     """Read every split, annotation and photograph of a folder; `benchmark` is recognised when it is not given.
 
     `progress` may wrap the list of photographs, as tqdm does. Raises ValueError for an unknown benchmark, and
-    FileNotFoundError or ValueError when there is no such layout; all that is wrong inside comes in the report.
+    OSError or ValueError when there is no such folder or layout; all that is wrong inside comes in the report.
     """
-    folder = Path(root)
-    found = layout(benchmark if benchmark is not None else recognise(folder))
+    folder = require_folder(root)
+    name = benchmark if benchmark is not None else recognise(folder)
+    if name in _HOLDS:
+        return _check_dense(name, folder, progress)
+    if name not in BENCHMARKS:
+        raise ValueError(f"benchmark must be one of {', '.join(KNOWN)}, got {name!r}")
+    found = layout(name)
     splits = found.present(folder)
     if not splits:
         pair_records(found, folder, found.splits[-1])
@@ -122,6 +144,30 @@ def check_pairs(
     for split, pair in pairs:
         for sentence in _mistakes(pair, report):
             wrong.add(f"{split}, {pair.name}: {sentence}")
+    report.wrong = wrong.sentences()
+    return report
+
+
+def _check_dense(name: str, folder: Path, progress: Callable[[list[Path]], Iterable[Path]] | None) -> Report:
+    """The same for pairs whose every pixel is known; a category is a folder."""
+    pairs: Sequence[HomographyPair | FlowPair] = (load_homographies if name == "hpatches" else load_flows)(folder)
+    photographs = list(dict.fromkeys(path for pair in pairs for path in (pair.source, pair.target)))
+    title = "HPatches" if name == "hpatches" else "dense flow"
+    report, split, wrong = Report(folder, title, unit="pixels"), SplitReport("all", len(pairs)), _Mistakes()
+    for path in progress(photographs) if progress else photographs:
+        try:
+            report.sizes[path] = _size(path)
+        except OSError as error:
+            wrong.add(error)
+    for pair in pairs:
+        split.categories[pair.source.resolve().parent.name] += 1
+        if pair.source in report.sizes and pair.target in report.sizes:
+            try:
+                split.points += int(pair.truth(report.sizes[pair.source], report.sizes[pair.target])[1].sum())
+            except (ValueError, OSError) as error:
+                wrong.add(error)
+    split.photographs = len(photographs)
+    report.splits.append(split)
     report.wrong = wrong.sentences()
     return report
 

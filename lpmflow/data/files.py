@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -99,6 +100,16 @@ def _is_number(field: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def require_folder(root: str | os.PathLike[str]) -> Path:
+    """`root` as a Path; FileNotFoundError or NotADirectoryError when there is no such folder."""
+    folder = Path(root)
+    if not folder.exists():
+        raise FileNotFoundError(f"root must be a folder, but there is no {str(root)!r}")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"root must be a folder, but {str(root)!r} is a file")
+    return folder
 
 
 def find_file(root: Path, name: str, what: str) -> Path:

@@ -1,7 +1,9 @@
 """Photographs of one flat or distant scene and the homographies between them, in the layout of HPatches.
 
-1.png 2.png ... (or .ppm, .jpg)     the photographs
-H_1_2 H_1_3 ...                     (or H_1_2.txt) 3 x 3 numbers: pixel of photograph 1 -> pixel of photograph k
+    v_dogman/1.ppm v_dogman/2.ppm ...     (or .png, .jpg) the photographs of a sequence
+    v_dogman/H_1_2 v_dogman/H_1_3 ...     (or H_1_2.txt) 3 x 3 numbers: pixel of photograph 1 -> pixel of photograph k
+
+A folder is one such sequence, or holds them.
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from lpmflow.data.files import require_folder
+
+Truth = tuple[NDArray[np.float64], NDArray[np.bool_]]
 _IMAGES = (".png", ".ppm", ".jpg", ".jpeg")
 
 
@@ -36,31 +41,51 @@ class HomographyPair:
         depth = moved[..., 2:] * np.sign(self.homography[2, 2] or 1.0)
         return np.where(depth > 0, moved[..., :2] / np.where(depth > 0, moved[..., 2:], 1.0), np.nan)
 
+    def truth(self, source_size: tuple[int, int], target_size: tuple[int, int]) -> Truth:
+        """(H, W, 2) float64 flow in pixels and (H, W) bool where the target shows it, for photographs of these sizes.
 
-def load_homographies(folder: str | os.PathLike[str]) -> list[HomographyPair]:
-    """The pairs 1-2, 1-3, ... of one sequence; images are not opened.
+        Raises ValueError naming both photographs when the target shows no pixel of the source.
+        """
+        height, width = source_size
+        pixels = np.stack(np.meshgrid(np.arange(width), np.arange(height)), axis=-1).astype(np.float64)
+        moved = self.transfer(pixels)
+        seen = ((moved >= -0.5) & (moved <= (target_size[1] - 0.5, target_size[0] - 0.5))).all(axis=-1)
+        if not seen.any():
+            raise ValueError(f"{self.name}: no pixel of {self.source} lies in {self.target} by its homography")
+        return moved - pixels, np.asarray(seen)
 
-    Raises FileNotFoundError when there is no homography or an image is missing, ValueError naming a file that does
-    not hold 3 x 3 finite numbers.
+
+def load_homographies(root: str | os.PathLike[str]) -> list[HomographyPair]:
+    """The pairs 1-2, 1-3, ... of a sequence, or of every sequence in a folder by name; images are not opened.
+
+    Raises FileNotFoundError or NotADirectoryError when there is no such folder, no homography, or an image is missing;
+    ValueError naming a file that does not hold 3 x 3 finite numbers.
     """
-    root = Path(folder)
-    found = {}
-    for file in root.glob("H_1_*") if root.is_dir() else ():
-        number = re.fullmatch(r"H_1_(\d+)(\.txt)?", file.name)
-        if number:
-            found[int(number[1])] = file
-    if not found:
+    folder = require_folder(root)
+    folders = [folder] if homography_files(folder) else [one for one in sorted(folder.iterdir()) if one.is_dir()]
+    pairs = []
+    for one in folders:
+        for number, file in homography_files(one).items():
+            images = numbered_photograph(one, 1), numbered_photograph(one, number)
+            pairs.append(HomographyPair(f"{one.resolve().name} 1-{number}", *images, _homography(file)))
+    if not pairs:
         raise FileNotFoundError(
-            f"folder must hold files H_1_2, H_1_3, ... in the layout of HPatches, got {str(root)!r}"
+            f"root must hold files H_1_2, H_1_3, ... in the layout of HPatches, or folders that do, got {str(root)!r}"
         )
-    first = _image(root, 1)
-    return [
-        HomographyPair(f"{root.name} 1-{number}", first, _image(root, number), _homography(found[number]))
-        for number in sorted(found)
-    ]
+    return pairs
 
 
-def _image(root: Path, number: int) -> Path:
+def homography_files(folder: Path) -> dict[int, Path]:
+    """k -> the file H_1_k, in the order of k; empty when the folder is no sequence."""
+    found = {}
+    for file in folder.glob("H_1_*"):
+        if number := re.fullmatch(r"H_1_(\d+)(\.txt)?", file.name):
+            found[int(number[1])] = file
+    return dict(sorted(found.items()))
+
+
+def numbered_photograph(root: Path, number: int) -> Path:
+    """The photograph called by its number; FileNotFoundError when there is none."""
     for suffix in _IMAGES:
         if (root / f"{number}{suffix}").is_file():
             return root / f"{number}{suffix}"

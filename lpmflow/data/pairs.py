@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lpmflow.data.files import require_folder
+
 BEYOND = 0.1
 """How far beyond the border a marked point may lie, as a part of the photograph's longer side."""
 
@@ -120,8 +122,9 @@ def layout(benchmark: str) -> Layout:
 def load_pairs(benchmark: str, root: str | os.PathLike[str], split: str) -> list[KeypointPair]:
     """The pairs of a split of a data set in the folder `root`, in the data set's own order; images are not opened.
 
-    Raises ValueError for an unknown benchmark or split, FileNotFoundError when a file that the layout or an annotation
-    names is not there, ValueError naming file and record when one is not as the layout says. Nothing is skipped.
+    Raises ValueError for an unknown benchmark or split, FileNotFoundError when the folder or a file that the layout or
+    an annotation names is not there, ValueError naming file and record when one is not as the layout says. Nothing is
+    skipped.
     """
     return [read() for read in pair_records(layout(benchmark), root, split)]
 
@@ -129,8 +132,12 @@ def load_pairs(benchmark: str, root: str | os.PathLike[str], split: str) -> list
 def pair_records(found: Layout, root: str | os.PathLike[str], split: str) -> list[Callable[[], KeypointPair]]:
     """The pairs of a split, each read when called; the errors of `load_pairs`."""
     if split not in found.splits:
-        raise ValueError(f"split must be one of {', '.join(found.splits)}, got {split!r}")
-    return found.records(Path(root), split)
+        raise ValueError(f"split must be {_either(found.splits)}, got {split!r}")
+    return found.records(require_folder(root), split)
+
+
+def _either(words: tuple[str, ...]) -> str:
+    return words[0] if len(words) == 1 else f"one of {', '.join(words)}"
 
 
 def require_inside(name: str, points: NDArray[np.float64], size: tuple[int, int]) -> None:

@@ -164,7 +164,11 @@ target, both images squashed to 512 x 512, <=, keypoints truncated to whole pixe
 
 CATS = Protocol("cats", BACKWARD, "source box", 256, truncate=True, alphas=(0.01, 0.05, 0.1, 0.15))
 """CATs' released code: *target to source*, R = max(w, h) of the source box, both images squashed to 256 x 256, <=,
-keypoints truncated to whole pixels of 256, mean over pairs. CATs++ does the same at 512."""
+keypoints truncated to whole pixels of 256, mean over pairs."""
+
+CATS_512 = Protocol("cats-512", BACKWARD, "source box", 512, truncate=True, alphas=(0.01, 0.05, 0.1, 0.15))
+"""The same at 512 x 512, as CATs++ and CATs at its larger size: *target to source*, R = max(w, h) of the source box,
+both images squashed to 512 x 512, <=, keypoints truncated to whole pixels of 512, mean over pairs."""
 
 DIFT = Protocol("dift", FORWARD, "target box", None, alphas=(0.01, 0.05, 0.1, 0.15))
 """DIFT: source to target, R = max(w, h) of the target box, original pixels, <=, image and point average both quoted."""
@@ -185,7 +189,7 @@ PF_WILLOW_BBOX = Protocol("pf-willow-bbox", FORWARD, "padded points", 512)
 """PF-WILLOW, "bbox", as many released codes compute it: the lists of points are padded with -1 and the extent includes
 the padding, so that R is the largest coordinate plus 1, and figures about ten points higher than under `PF_WILLOW`."""
 
-_ALL = (SPAIR, LPMFLOW, CATS, DIFT, GEOAWARE, PF_PASCAL, PF_WILLOW, PF_WILLOW_BBOX)
+_ALL = (SPAIR, LPMFLOW, CATS, CATS_512, DIFT, GEOAWARE, PF_PASCAL, PF_WILLOW, PF_WILLOW_BBOX)
 PROTOCOLS = {one.name: one for one in _ALL}
 
 DEFAULTS = {"spair": "spair", "pf-pascal": "pf-pascal", "pf-willow": "pf-willow", "ap-10k": "geoaware"}

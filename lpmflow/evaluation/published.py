@@ -6,10 +6,17 @@ these is `lpmflow` or `cats`.
 
 from __future__ import annotations
 
+import re
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lpmflow.data.pairs import KeypointPair
 
 ALPHA = 0.1
+_DIFFICULTIES = ("viewpoint", "scale", "truncation", "occlusion")
 
 SPAIR_CATEGORIES = {
     "aeroplane": "aero",
@@ -71,9 +78,37 @@ SPAIR_TABLE = (
 """From the table of the LPMFlow paper, best first."""
 
 
-def is_spair_test(categories: Sequence[str]) -> bool:
-    """Whether pairs of these categories, one for each pair, can be the official test split of SPair-71k."""
-    found = {name: 0 for name in SPAIR_CATEGORIES}
-    for name in categories:
-        found[name] = found.get(name, 0) + 1
-    return found == SPAIR_TEST_PAIRS
+_SPAIR_NAME = re.compile(r"(\d+)-([^-:]+)-([^-:]+):(\w+)")
+_PHOTOGRAPHS = 100
+"""Of a category in the whole of SPair-71k, which has 1,800."""
+
+
+def is_spair_test(pairs: Sequence[KeypointPair]) -> bool:
+    """Whether pairs are the official test split of SPair-71k, so far as that shows without its list.
+
+    All of this must hold, and a subset, a split of one's own or pairs re-combined from the same annotations fail by it:
+
+    - as many pairs of each category as `SPAIR_TEST_PAIRS` says, 12,234 together;
+    - every pair is called NUMBER-SOURCE-TARGET:category, by its own category, by the files of its two different
+      photographs, and by a number no other pair has;
+    - no two photographs are a pair twice in one direction, and no category shows more than the 100 photographs it has;
+    - every pair says its category's points and all four difficulties, as the official annotations do.
+
+    The contents of photographs and annotations are not looked at: the hash of the data in a report tells copies apart.
+    """
+    if Counter(pair.category for pair in pairs) != SPAIR_TEST_PAIRS:
+        return False
+    numbers, ordered = set(), set()
+    shown: dict[str, set[str]] = defaultdict(set)
+    for pair in pairs:
+        parts = _SPAIR_NAME.fullmatch(pair.name)
+        if parts is None or parts[4] != pair.category or parts[2] == parts[3]:
+            return False
+        if (pair.source.stem, pair.target.stem) != (parts[2], parts[3]):
+            return False
+        if pair.point_ids is None or not all(name in pair.difficulty for name in _DIFFICULTIES):
+            return False
+        numbers.add(parts[1])
+        ordered.add((pair.category, parts[2], parts[3]))
+        shown[pair.category] |= {parts[2], parts[3]}
+    return len(numbers) == len(ordered) == len(pairs) and max(map(len, shown.values())) <= _PHOTOGRAPHS

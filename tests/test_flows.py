@@ -1,0 +1,129 @@
+"""The reader of flows known pixel by pixel: what it takes, which pixels count, what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lpmflow.data import load_flows
+from lpmflow.data.check import check_pairs, recognise
+from lpmflow.flowfile import write_flo
+
+FLOW = np.arange(24, dtype=np.float32).reshape(3, 4, 2)
+
+
+def make(folder: Path, file: str | None = "flow.npz", **arrays: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "1.png").touch()
+    (folder / "2.jpg").touch()
+    if file is not None:
+        np.savez(folder / file, **(arrays or {"flow": FLOW}))
+    return folder
+
+
+def test_a_pair_and_a_folder_of_them(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        make(tmp_path / name)
+    make(tmp_path / "no flow", None)
+    (tmp_path / "file").touch()
+    pairs = load_flows(tmp_path)
+    assert [pair.name for pair in pairs] == ["a", "b"]
+    assert (pairs[0].source, pairs[0].target) == (tmp_path / "a" / "1.png", tmp_path / "a" / "2.jpg")
+    (one,) = load_flows(tmp_path / "b")
+    assert one.name == "b"
+
+
+def test_valid_says_where_the_flow_is_known(tmp_path: Path) -> None:
+    flow, valid = FLOW.copy(), np.zeros((3, 4), np.uint8)
+    valid[1, 2], flow[0, 0] = 7, np.nan
+    (pair,) = load_flows(make(tmp_path / "a", flow=flow, valid=valid))
+    found, known = pair.truth((3, 4), (9, 9))
+    assert found.dtype == np.float64 and known.dtype == np.bool_
+    assert np.argwhere(known).tolist() == [[1, 2]] and found[1, 2].tolist() == [12, 13]
+
+
+def test_without_valid_it_is_known_where_it_is_finite(tmp_path: Path) -> None:
+    flow = FLOW.copy()
+    flow[0, 0, 1], flow[2, 3] = np.inf, np.nan
+    (pair,) = load_flows(make(tmp_path / "a", flow=flow))
+    assert np.argwhere(~pair.truth((3, 4), (9, 9))[1]).tolist() == [[0, 0], [2, 3]]
+
+
+def test_the_middlebury_format_and_its_mark_for_unknown(tmp_path: Path) -> None:
+    flow = FLOW.copy()
+    flow[1, 1] = 1e10
+    folder = make(tmp_path / "a", None)
+    write_flo(folder / "flow.flo", flow)
+    (pair,) = load_flows(folder)
+    found, known = pair.truth((3, 4), (9, 9))
+    assert np.argwhere(~known).tolist() == [[1, 1]]
+    np.testing.assert_array_equal(found[known], flow[known])
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        (
+            {"flow": FLOW[:2]},
+            r"must hold a flow of numbers of shape \(3, 4, 2\), that of 1\.png, got float32 \(2, ",
+        ),
+        ({"flow": FLOW.transpose(2, 0, 1)}, r"must hold a flow .* got float32 \(2, 3, 4\)"),
+        ({"flow": FLOW.astype(np.complex64)}, r"must hold a flow of numbers .* got complex64"),
+        ({"flow": FLOW, "valid": np.ones((4, 3))}, r"must hold valid of shape \(3, 4\), got \(4, 3\)"),
+        ({"flow": FLOW * np.nan, "valid": np.ones((3, 4))}, "must hold a finite flow wherever valid is not 0"),
+        ({"flow": FLOW * np.nan}, "must know the flow of at least one pixel"),
+        ({"flow": FLOW, "valid": np.zeros((3, 4))}, "must know the flow of at least one pixel"),
+        ({"flo": FLOW, "x": FLOW}, r"must be a file of numpy arrays \(\.npz\): it has no array 'flow', only flo, x"),
+        ({"flow": np.array([None])}, r"must be a file of numpy arrays \(\.npz\): "),
+    ],
+)
+def test_a_file_that_does_not_fit(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
+    (pair,) = load_flows(make(tmp_path / "a", **arrays))
+    with pytest.raises(ValueError, match=rf"flow\.npz {message}"):
+        pair.truth((3, 4), (9, 9))
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100])
+@pytest.mark.parametrize("text", [None, "no arrays"])
+def test_a_damaged_file(tmp_path: Path, keep: int, text: str | None) -> None:
+    folder = make(tmp_path / "a")
+    file = folder / "flow.npz"
+    file.write_bytes(text.encode() if text else file.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"flow\.npz must be a file of numpy arrays \(\.npz\), which it is not"):
+        load_flows(folder)[0].truth((3, 4), (9, 9))
+
+
+def test_folders_without(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"^root must hold flow\.npz or flow\.flo beside photographs 1 and 2, "):
+        load_flows(tmp_path)
+    with pytest.raises(FileNotFoundError, match="^root must be a folder, but there is no "):
+        load_flows(tmp_path / "absent")
+    (make(tmp_path / "a") / "2.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"a has no photograph 2\.png \(or \.ppm, "):
+        load_flows(tmp_path)
+
+
+def test_the_check_of_dense_pairs(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for name in ("a", "b"):
+        make(tmp_path / name)
+        for image in ("1.png", "2.jpg"):
+            Image.new("RGB", (4, 3)).save(tmp_path / name / image)
+    assert recognise(tmp_path) == recognise(tmp_path / "a") == "dense"
+    report = check_pairs(tmp_path)
+    assert report.wrong == [] and (report.splits[0].pairs, report.splits[0].points) == (2, 24)
+    assert report.lines()[1].split() == ["split", "pairs", "pixels", "photographs", "categories"]
+    Image.new("RGB", (5, 3)).save(tmp_path / "b" / "1.png")
+    (tmp_path / "a" / "2.jpg").write_text("no photograph")
+    wrong = check_pairs(tmp_path).wrong
+    assert len(wrong) == 2 and "2.jpg must be an image file" in wrong[0] and "must hold a flow of numbers" in wrong[1]
+
+
+@pytest.mark.parametrize(("name", "pixels"), [("kitti", 75_453), ("aloe", 1_373_890)])
+def test_the_stored_flows(shared: Path, name: str, pixels: int) -> None:
+    report = check_pairs(shared / "data" / "dense" / name)
+    assert report.wrong == [] and report.title == "dense flow" and report.splits[0].points == pixels
