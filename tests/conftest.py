@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +34,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@contextmanager
-def on_meta() -> Iterator[None]:
-    """Modules made within have parameters without memory.
-
-    timm before 1.0.21 makes a linspace there and reads its numbers, which only one on the CPU has.
-    """
-    linspace = torch.linspace
-    torch.linspace = functools.partial(linspace, device="cpu")
-    try:
-        with torch.device("meta"):
-            yield
-    finally:
-        torch.linspace = linspace
 
 
 class FakeModel(nn.Module):

@@ -9,7 +9,6 @@ import sys
 import pytest
 import timm
 import torch
-from conftest import on_meta
 
 from lpmflow.config import CONVNET, LPMFlowConfig, lpmflow_tiny
 from lpmflow.model.backbone import ResizedPositions, create_backbone, import_timm
@@ -127,7 +126,7 @@ def test_tokens_are_timms(small_vit, options, prefix, placed, image_size):
     ],
 )
 def test_timm_models_at_an_oblong_size(name, patch_size, width):
-    with on_meta():
+    with torch.device("meta"):
         backbone = create_backbone(config(name, (3 * patch_size, 5 * patch_size), patch_size))
         tokens = backbone(torch.zeros(2, 3, 3 * patch_size, 5 * patch_size)).tokens
     assert tokens.shape == (2, 1 + 15, width) and backbone.width == width
@@ -187,7 +186,7 @@ def test_the_stored_table_is_the_trained_one_and_is_trained_on(small_vit):
 )
 def test_what_is_no_vision_transformer_on_patches_is_refused(name, got):
     wanted = f"backbone must be '{CONVNET}' or the name of a timm vision transformer, got {got}$"
-    with pytest.raises(ValueError, match=wanted), on_meta():
+    with pytest.raises(ValueError, match=wanted), torch.device("meta"):
         create_backbone(config(name))
 
 

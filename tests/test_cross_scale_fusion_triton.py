@@ -6,7 +6,7 @@ import interpreted
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", minversion="3.4", reason="Triton is not installed, or older than 3.4")
 
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import on_meta
 from torch import Tensor
 
 import lpmflow
@@ -113,7 +112,7 @@ def model() -> LPMFlow:
 
 def fresh(**options) -> LPMFlow:
     """A network of the same shape without numbers: what is not loaded shows as an error."""
-    with on_meta():
+    with torch.device("meta"):
         return create_model("lpmflow-tiny", **{**SMALL, **options})
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", minversion="3.4", reason="Triton is not installed, or older than 3.4")
 
 from lpmflow_kernels import (  # noqa: E402
     compile_report,

@@ -32,7 +32,8 @@ def import_timm() -> ModuleType:
     timm imports torchvision, and a torchvision built for another torch fails with messages that name neither.
     """
     try:
-        import timm
+        with torch.device("cpu"):  # older torchvisions read numbers when imported, which tensors on "meta" have not
+            import timm
     except ModuleNotFoundError as error:
         if error.name == "timm":
             raise ImportError("this model's backbone needs timm: pip install timm") from error
