@@ -34,7 +34,7 @@ def test_no_column_names(tmp_path: Path, text: str) -> None:
     ("text", "message"),
     [
         ("a,b\n", " lists no pair$"),
-        ('a,b\n"x,1\n', " must be a comma-separated table: "),
+        ('a,b\n"x,1\n', ", line 2: must be comma-separated fields: "),
         (b"\xff\xfe\x00a", " must be text: "),
     ],
 )

@@ -233,7 +233,11 @@ def test_what_a_pair_and_its_photograph_disagree_about(pair: KeypointPair) -> No
     with pytest.raises(ValueError, match=r"^one: source_points\[0\] must lie in the photograph of 30 x 20, or beyond "):
         PairDataset([changed(pair, source_points=SOURCE + (0, 30))])[0]
     pair.source.unlink()
-    with pytest.raises(FileNotFoundError, match=r"there is no file .*a\.png"):
+    with pytest.raises(FileNotFoundError, match=r"^one: source must be .*, but there is no file .*a\.png"):
+        PairDataset([pair])[0]
+    pair.target.write_text("no photograph")
+    pair.source.symlink_to(dotted(pair.target.parent / "c.png", (20, 30), SOURCE))
+    with pytest.raises(OSError, match=r"^one: target must be an image file, but Pillow cannot identify .*b\.png"):
         PairDataset([pair])[0]
 
 

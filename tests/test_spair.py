@@ -107,7 +107,8 @@ def test_no_layout_file(tmp_path: Path) -> None:
     wanted = tmp_path / "Layout" / "large" / "test.txt"
     make(tmp_path, "val")
     said = refusal(tmp_path, FileNotFoundError, "test")
-    assert said == f"root must be a folder in the layout of SPair-71k, but there is no {wanted}"
+    without = f"root must be a folder in the layout of SPair-71k, but there is no {wanted}"
+    assert said == f"{without}; of the splits it holds val"
 
 
 def test_a_layout_file_of_another_kind(tmp_path: Path) -> None:
@@ -148,7 +149,7 @@ def test_a_field_is_missing(tmp_path: Path, field: str) -> None:
     [
         ("src_kps", [1, 2], r"src_kps must be numbers of shape \(N, 2\), got shape \(2,\)"),
         ("trg_kps", [[1, 2, 3]], r"trg_kps must be numbers of shape \(N, 2\), got shape \(1, 3\)"),
-        ("src_kps", [], r"src_kps must be numbers of shape \(N, 2\)"),
+        ("src_kps", [], "src_kps and trg_kps must be equally many and at least one, got 0 and 2"),
         ("src_kps", [[1, 2]], "src_kps and trg_kps must be equally many and at least one, got 1 and 2"),
         ("src_bndbox", [1, 2, 3], r"src_bndbox must be numbers of shape \(4\), got shape \(3,\)"),
         ("trg_bndbox", [[1, 2, 3, 4]], r"trg_bndbox must be numbers of shape \(4\)"),

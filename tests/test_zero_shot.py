@@ -104,6 +104,11 @@ def test_refusals_name_the_argument(backbone, weights, tmp_path, fake_model):
     with pytest.raises(ValueError, match="image_size must be a positive integer or"):
         Matcher("zero-shot", "cpu", backbone=backbone, backbone_weights=weights, image_size=0)
     other = tmp_path / "other.pth"
+    other.write_text("hello")
+    with pytest.raises(
+        ValueError, match=r"other\.pth must hold the parameters of .*, but is no file that torch\.save "
+    ):
+        Matcher("zero-shot", "cpu", backbone=backbone, backbone_weights=other)
     torch.save({"weight": torch.zeros(2)}, other)
     with pytest.raises(ValueError, match=r"other\.pth does not hold the parameters of"):
         Matcher("zero-shot", "cpu", backbone=backbone, backbone_weights=other)

@@ -87,11 +87,11 @@ def read_table(file: Path) -> list[Row]:
 
 
 def _lines(file: Path) -> list[tuple[int, list[str]]]:
+    reader = csv.reader(read_text(file).splitlines(), strict=True)
     try:
-        reader = csv.reader(read_text(file).splitlines(), strict=True)
         return [(reader.line_num, fields) for fields in reader]
     except csv.Error as error:
-        raise ValueError(f"{file} must be a comma-separated table: {error}") from error
+        raise ValueError(f"{file}, line {reader.line_num}: must be comma-separated fields: {error}") from error
 
 
 def _is_number(field: str) -> bool:

@@ -78,8 +78,8 @@ class PairDataset(Dataset[PairSample]):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> PairSample:
-        """Raises OSError for a photograph that is missing or cannot be decoded; ValueError for one that is not of the
-        size the pair says, and for points too far outside it (`require_inside`)."""
+        """Raises OSError naming the pair for a photograph that is missing or cannot be decoded; ValueError for one that
+        is not of the size the pair says, and for points too far outside it (`require_inside`)."""
         pair = self.pairs[index]
         source, source_points = self._side(pair, "source")
         target, target_points = self._side(pair, "target")
@@ -88,7 +88,7 @@ class PairDataset(Dataset[PairSample]):
     def _side(self, pair: KeypointPair, side: str) -> tuple[Tensor, Tensor]:
         path: Path = getattr(pair, side)
         said: Size | None = getattr(pair, f"{side}_size")
-        image, original = self._photograph(path)
+        image, original = self._photograph(path, f"{pair.name}: {side}")
         if said is not None and said != original:
             raise ValueError(
                 f"{path} must be {said[1]} x {said[0]}, the size it was marked at, got {original[1]} x {original[0]}"
@@ -105,13 +105,13 @@ class PairDataset(Dataset[PairSample]):
         shown = (image.shape[1], image.shape[2])
         return image, pixels_to_cells(points, original, shown).float()
 
-    def _photograph(self, path: Path) -> tuple[Tensor, Size]:
-        """(3, H, W) uint8 at the size asked for, and the size of the file's."""
+    def _photograph(self, path: Path, name: str) -> tuple[Tensor, Size]:
+        """(3, H, W) uint8 at the size asked for, and the size of the file's; `name` is the photograph's, for errors."""
         if self._cache is None:
             self._cache = _Cache(min(self.cache_bytes, _share_of_free_memory()))
         found = self._cache.get(path)
         if found is None:
-            image = load_image(path, "pairs")
+            image = load_image(path, name)
             original = (image.shape[1], image.shape[2])
             if self.size is not None and self.size != original:
                 image = F.interpolate(image[None], self.size, mode="bilinear", align_corners=False, antialias=True)[0]

@@ -133,7 +133,14 @@ def pair_records(found: Layout, root: str | os.PathLike[str], split: str) -> lis
     """The pairs of a split, each read when called; the errors of `load_pairs`."""
     if split not in found.splits:
         raise ValueError(f"split must be {_either(found.splits)}, got {split!r}")
-    return found.records(require_folder(root), split)
+    folder = require_folder(root)
+    try:
+        return found.records(folder, split)
+    except FileNotFoundError as error:
+        there = found.present(folder)
+        if not there or split in there:
+            raise
+        raise FileNotFoundError(f"{error}; of the splits it holds {', '.join(there)}") from error
 
 
 def _either(words: tuple[str, ...]) -> str:

@@ -102,6 +102,8 @@ def _pair(root: Path, split: str, name: str) -> KeypointPair:
 
 def _array(fields: dict[str, Any], key: str, shape: tuple[int, ...]) -> NDArray[np.float64]:
     values = np.array(fields[key], dtype=np.float64)
+    if shape[0] == -1 and fields[key] == []:
+        values = values.reshape(0, *shape[1:])
     if values.ndim != len(shape) or any(want not in (-1, got) for want, got in zip(shape, values.shape, strict=True)):
         wanted = ", ".join("N" if side == -1 else str(side) for side in shape)
         raise ValueError(f"{key} must be numbers of shape ({wanted}), got shape {values.shape}")

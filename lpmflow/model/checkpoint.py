@@ -188,7 +188,7 @@ def read_torch_file(path: Path) -> dict[str, Any]:
                 raise
             foreign = re.search(r"GLOBAL (\S+)", str(error))
             reason = f"it holds {foreign[1]}" if foreign else f"{type(error).__name__} {error}".strip().split(". ")[0]
-            if not _is_torch_file(path):
+            if not is_torch_file(path):
                 reason = "it is no file that torch.save writes"
             raise OSError(f"{path} cannot be read as a PyTorch checkpoint of plain tensors: {reason}") from error
     if not isinstance(content, dict):
@@ -203,7 +203,7 @@ def _require_file(path: Path) -> None:
         raise FileNotFoundError(f"no checkpoint at {path}")
 
 
-def _is_torch_file(path: Path) -> bool:
+def is_torch_file(path: Path) -> bool:
     """Whether a file begins as a zip archive or a pickle does, which `torch.save` writes."""
     with path.open("rb") as file:
         return file.read(4).startswith((b"PK\x03\x04", b"\x80"))

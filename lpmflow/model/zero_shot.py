@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lpmflow import ops
 from lpmflow.model.backbone import import_timm
+from lpmflow.model.checkpoint import is_torch_file
 from lpmflow.model.lpmflow import FlowOutput
 
 READOUTS = ("window", "nearest")
@@ -132,6 +133,8 @@ def _create(backbone: str, weights: str | os.PathLike[str] | None) -> Any:
     if weights is not None:
         if not Path(weights).is_file():
             raise FileNotFoundError(f"backbone_weights must be a file of parameters, but there is no {str(weights)!r}")
+        if Path(weights).suffix != ".safetensors" and not is_torch_file(Path(weights)):
+            raise ValueError(f"{weights} must hold the parameters of {backbone}, but is no file that torch.save writes")
         given["pretrained_cfg_overlay"] = {"file": str(weights), "num_classes": 0}
     try:
         net = timm.create_model(backbone, pretrained=True, num_classes=0, **given)
