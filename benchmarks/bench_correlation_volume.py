@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from timing import Peaks, interleaved
+from timing import interleaved
 
 from lpmflow import ops
+from lpmflow.profile import Peaks
 
 
 @pytest.mark.parametrize("side", [16, 32, 64])

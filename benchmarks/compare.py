@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from timing import Peaks, interleaved, peak_memory
+from timing import interleaved, peak_memory
 from torch import Tensor
 
 from lpmflow import ops
+from lpmflow.profile import Peaks
 
 HERE = str(Path(__file__).resolve().parent)
 Outputs = tuple[Tensor, ...]

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from timing import Peaks, measure_peaks
+
+from lpmflow.profile import Peaks, measure_peaks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -21,7 +22,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     group.addoption("--dtype", default=None, choices=list(DTYPES), help="float32 on the CPU, bfloat16 on a GPU")
     group.addoption("--batch-size", type=int, default=None, help="pairs (default: 1 on the CPU, 16 on a GPU)")
-    group.addoption("--seconds", type=float, default=1.5, help="how long each comparison is measured (default: 1.5)")
+    group.addoption("--seconds", type=float, default=0.6, help="how long each comparison is measured (default: 0.6)")
+    group.addoption("--compile", action="store_true", help="measure torch.compile of the whole network on a CPU too")
     group.addoption("--json", metavar="FILE", default=None, help="write the figures there as well")
 
 

@@ -7,21 +7,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
 Run = Callable[[], object]
 
 
-def interleaved(runs: dict[str, Run], device: torch.device, *, seconds: float, rounds: int = 5) -> dict[str, float]:
+def interleaved(
+    runs: dict[str, Run], device: torch.device, *, seconds: float, rounds: int = 5, warm: int = 2
+) -> dict[str, float]:
     """Median seconds of one call of each run, all taking turns, so that a slow moment of the machine hits them alike.
 
-    Each gets at least `rounds` turns, and they go on until `seconds` have passed in all.
+    Each gets `warm` turns that do not count, then at least `rounds`, and they go on until `seconds` have passed in all.
     """
     for run in runs.values():  # what is built or tuned at the first call is not what is measured
-        run()
-        run()
+        for _ in range(warm):
+            run()
     taken: dict[str, list[float]] = {name: [] for name in runs}
     start = time.perf_counter()
     turn = 0
@@ -44,33 +45,6 @@ def _once(run: Run, device: torch.device) -> float:
     begin_time = time.perf_counter()
     run()
     return time.perf_counter() - begin_time
-
-
-@dataclass(frozen=True)
-class Peaks:
-    """What this machine reached in a large matrix product and in a large copy."""
-
-    flops: float
-    """Operations a second."""
-    bytes: float
-    """Bytes a second, read and written together."""
-
-    def floor(self, flops: int, moved: int) -> float:
-        """The least seconds a computation of that size can take."""
-        return max(flops / self.flops, moved / self.bytes)
-
-
-def measure_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
-    """The best of a few large products and copies in `dtype`."""
-    side = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    elements = 2**28 if device.type == "cuda" else 2**25
-    source = torch.zeros(elements, device=device)
-    target = torch.zeros_like(source)
-    product = min(_once(lambda: torch.mm(a, b, out=out), device) for _ in range(8))
-    copy = min(_once(lambda: target.copy_(source), device) for _ in range(8))
-    return Peaks(2 * side**3 / product, 2 * source.numel() * source.itemsize / copy)
 
 
 _MEMORY = """

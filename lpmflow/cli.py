@@ -30,6 +30,7 @@ examples:
   lpmflow match cat.jpg dog.jpg -o match.png         match two of your own, draw the result
   lpmflow evaluate --benchmark spair --root DIR      score a model on pairs whose truth is known
   lpmflow data check DIR                             what a data set holds, and what is wrong with it
+  lpmflow profile                                    where the time of a match goes
   lpmflow info                                       versions, devices, backends
 """,
     "match": """\
@@ -65,6 +66,13 @@ Every list, annotation and photograph is read. The exit code is 1 when something
     "demo": """\
 example:
   lpmflow demo -o /tmp/lpmflow-demo
+""",
+    "profile": """\
+examples:
+  lpmflow profile
+  lpmflow profile --model lpmflow-base --dtype bfloat16 --batch-size 4 --json profile.json
+
+The images are noise, and a preset that ships without weights gets random ones: neither changes how long it takes.
 """,
     "info": """\
 example:
@@ -145,6 +153,13 @@ def parser() -> argparse.ArgumentParser:
     demo = _command(commands, "demo", "match the bundled photographs on the CPU and write pictures", run_demo)
     demo.add_argument("-o", "--output", metavar="DIR", default="lpmflow-demo", help="folder (default: ./%(default)s)")
 
+    profile = _command(commands, "profile", "say where the time of a match goes, stage by stage", run_profile)
+    profile.add_argument("--batch-size", metavar="N", type=int, default=1, help="pairs at once (default: 1)")
+    profile.add_argument("--seconds", metavar="S", type=float, default=3.0, help="measure for so long (default: 3)")
+    profile.add_argument("--json", metavar="FILE", help="write every figure as JSON")
+    profile.add_argument("--model", metavar="NAME|FILE", help="preset or weight file (default: lpmflow-tiny)")
+    _precision_options(profile)
+
     info = _command(commands, "info", "print versions, devices and which backends can run", run_info)
     info.add_argument("--json", action="store_true", help="print JSON")
     return top
@@ -200,6 +215,23 @@ def run_demo(args: argparse.Namespace) -> None:
     demo.run(args.output)
 
 
+def run_profile(args: argparse.Namespace) -> None:
+    """`lpmflow profile`."""
+    import json
+
+    from lpmflow import profile
+    from lpmflow.flowfile import replacing
+
+    if args.json is not None and not Path(args.json).absolute().parent.is_dir():
+        raise OSError(f"--json must name a file in an existing folder, got {args.json!r}")
+    model, dtype = profile.network(args.model, args.device, args.dtype, args.image_size)
+    found = profile.profile(model, batch_size=args.batch_size, dtype=dtype, seconds=args.seconds)
+    print("\n".join(found.lines()))
+    if args.json is not None:
+        with replacing(args.json) as temporary:
+            temporary.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+
 def run_info(args: argparse.Namespace) -> None:
     """`lpmflow info`."""
     from lpmflow import info
@@ -251,6 +283,10 @@ def _matcher_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--backbone", metavar="NAME", help="the timm backbone of --model zero-shot")
     command.add_argument("--backbone-weights", metavar="FILE", help="its parameters (default: timm downloads them)")
     command.add_argument("--readout", choices=("window", "nearest"), help="of --model zero-shot (default: window)")
+    _precision_options(command)
+
+
+def _precision_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: cuda where there is one, else cpu)")
     command.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32)")
     command.add_argument(

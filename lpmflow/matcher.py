@@ -47,13 +47,17 @@ class Matcher:
             the device and set to evaluation mode, both for good.
         device: "cpu", "cuda", "cuda:1", "mps" or a torch.device. None: the GPU when CUDA has one, else the CPU.
         dtype: "float32" (None), "bfloat16" or "float16", or the torch dtype: what the network computes in, by
-            autocast. Parameters and results stay float32.
+            autocast. Results stay float32. A network loaded here also holds the weights of its layers in it; one that
+            is passed keeps its own, which are cast at every call.
         backbone, backbone_weights, readout: for model="zero-shot" only, which matches the features of a timm backbone
             with no training of its own: a timm name such as "vit_base_patch14_reg4_dinov2.lvd142m", a file of its
             parameters (None: timm downloads them), "window" (None) or "nearest"; see `lpmflow.model.zero_shot`.
         image_size: what the network sees of a photograph, one number or (height, width), a multiple of its patch size
             (16): 512, 768, 1024. Tables of positions are resized to it, so it works best near the size the weights
             were trained at (None). A finer flow for more time and memory; the memory grows with the number of pixels.
+        compile: True has `torch.compile` build the network into one program for each batch size it meets, at the first
+            call with it (about a minute on a CPU, which needs a C++ compiler); on a GPU as CUDA graphs. `batch` fills
+            its last batch up instead of having another program made.
 
     Images are read and resized on the CPU. A Matcher changes nothing when it is called, so threads may share one.
     Raises ValueError for an unknown model, device or dtype, and for a model without trained weights, which would
@@ -67,18 +71,32 @@ class Matcher:
         dtype: DTypeLike = None,
         *,
         image_size: int | tuple[int, int] | None = None,
+        compile: bool = False,
         backbone: str | None = None,
         backbone_weights: str | os.PathLike[str] | None = None,
         readout: str | None = None,
     ) -> None:
-        self.device = _device(device)
-        self.dtype = _dtype(dtype)
+        self.device = as_device(device)
+        self.dtype = as_dtype(dtype)
+        if not isinstance(compile, bool):
+            raise TypeError(f"compile must be True or False, got {_kind(compile)}")
         options: dict[str, Any] = {"backbone": backbone, "backbone_weights": backbone_weights, "readout": readout}
         given = {name: value for name, value in options.items() if value is not None}
         found = _zero_shot(image_size, **given) if model == ZERO_SHOT else _model(model, image_size, given)
         if image_size is not None and model != ZERO_SHOT:
             require_room(found.config, self.device)
+        if found is not model and self.dtype != torch.float32:
+            from lpmflow.model.inference import keep_weights_in
+
+            keep_weights_in(found, self.dtype)
         self.model: LPMFlow = found.to(self.device).eval()
+        self._run: Any = self.model
+        self._turn: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if compile:
+            mode = "reduce-overhead" if self.device.type == "cuda" else None
+            self._run = torch.compile(self.model, fullgraph=True, dynamic=False, mode=mode)
+            self._turn = threading.Lock()  # the compiler and its CUDA graphs are not for several threads at once
+        self.compile = compile
 
     def __call__(self, src: ImageLike, tgt: ImageLike) -> Match:
         """Where each pixel of `src` lies in `tgt`.
@@ -110,7 +128,7 @@ class Matcher:
             for name, (_, pair) in zip(names, chunk, strict=True):
                 source, target = _pair(pair, name)
                 read.append((self._read(source, f"{name}[0]"), self._read(target, f"{name}[1]")))
-            matches += self._match(read, names)
+            matches += self._match(read, names, batch_size)
         return matches
 
     @property
@@ -136,15 +154,17 @@ class Matcher:
         pixels = load_image(image, name)
         return preprocess(pixels, self.model.config.input_size), to_uint8(pixels)
 
-    def _match(self, pairs: list[tuple[_Read, _Read]], names: list[str]) -> list[Match]:
+    def _match(self, pairs: list[tuple[_Read, _Read]], names: list[str], batch_size: int = 1) -> list[Match]:
         if self.model.training:
             raise RuntimeError("the matcher's model was put back into training mode; call its eval() before matching")
-        sources, targets = (torch.stack([pair[side][0] for pair in pairs]).to(self.device) for side in (0, 1))
+        spare = [pairs[-1]] * (batch_size - len(pairs)) if self.compile else []
+        sources, targets = (torch.stack([pair[side][0] for pair in pairs + spare]).to(self.device) for side in (0, 1))
         half = self.dtype != torch.float32
         mixed = torch.autocast(self.device.type, self.dtype) if half else contextlib.nullcontext()
-        with explained(len(pairs), self.model.config.input_size, self.device), torch.inference_mode(), mixed:
-            output = self.model(sources, targets)
-        grids = [grid.float().cpu().numpy() for grid in (output.flow, output.confidence, output.foreground)]
+        room = explained(len(pairs + spare), self.model.config.input_size, self.device)
+        with self._turn, room, torch.inference_mode(), mixed:
+            output = self._run(sources, targets)
+            grids = [grid.float().cpu().numpy() for grid in (output.flow, output.confidence, output.foreground)]
         matches = []
         for index, ((_, source), (_, target)) in enumerate(pairs):
             flow, confidence, foreground = (grid[index].copy() for grid in grids)
@@ -174,7 +194,7 @@ def match(
     """
     if model is None or (isinstance(model, str) and model in _presets()):
         size = tuple(image_size) if isinstance(image_size, list) else image_size
-        matcher = _kept(model or DEFAULT_MODEL, _device(device), _dtype(dtype), size)
+        matcher = _kept(model or DEFAULT_MODEL, as_device(device), as_dtype(dtype), size)
     else:
         matcher = Matcher(model, device, dtype, image_size=image_size)
     return matcher(src, tgt)
@@ -279,7 +299,8 @@ def _checked(model: Any) -> LPMFlow:
     return model
 
 
-def _device(device: DeviceLike) -> torch.device:
+def as_device(device: DeviceLike) -> torch.device:
+    """The device meant, None the best one here; TypeError or ValueError where there is no such."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not isinstance(device, (str, torch.device)):
@@ -307,7 +328,8 @@ def _devices() -> list[str]:
     return ["cpu", *(["cuda"] if cuda else []), *cuda, *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
-def _dtype(dtype: DTypeLike) -> torch.dtype:
+def as_dtype(dtype: DTypeLike) -> torch.dtype:
+    """The type meant, None float32; TypeError or ValueError where it is none a network computes in."""
     if dtype is None:
         return torch.float32
     if not isinstance(dtype, (str, torch.dtype)):

@@ -38,8 +38,10 @@ ARROWS: dict[str, set[str]] = {
     "benchmark": LEAVES
     | {"lpmflow", "images", "data", "evaluation", "matcher", "identity", "result", "visualize", "flowfile"},
     "info": LEAVES | {"lpmflow", "model", "ops"},
+    "profile": LEAVES | {"matcher", "model", "ops"},
     "demo": LEAVES | {"images", "matcher", "result", "visualize", "flowfile"},
-    "cli": LEAVES | {"lpmflow", "images", "matcher", "result", "model", "benchmark", "data", "info", "demo"},
+    "cli": LEAVES
+    | {"lpmflow", "images", "matcher", "result", "model", "benchmark", "data", "info", "demo", "profile", "flowfile"},
     "__main__": {"cli"},
     "lpmflow_kernels": set(),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import threading
@@ -324,19 +325,19 @@ def test_the_gpu_is_chosen_where_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    assert door._device(None) == torch.device("cuda:1")
-    assert door._device("cuda") == torch.device("cuda:1")
-    assert door._device("cuda:1") == torch.device("cuda:1")
+    assert door.as_device(None) == torch.device("cuda:1")
+    assert door.as_device("cuda") == torch.device("cuda:1")
+    assert door.as_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(
         ValueError, match="^device must be one that PyTorch finds here, cpu, cuda, cuda:0, cuda:1.*, got 'cuda:2'$"
     ):
-        door._device("cuda:2")
+        door.as_device("cuda:2")
 
 
 def test_the_only_cpu_may_be_numbered():
-    assert door._device("cpu:0") == torch.device("cpu")
+    assert door.as_device("cpu:0") == torch.device("cpu")
     with pytest.raises(ValueError, match="device must be .*cpu.*, got 'cpu:1'"):
-        door._device("cpu:1")
+        door.as_device("cpu:1")
 
 
 @pytest.mark.parametrize("device", [0, 1.5, ["cpu"]])
@@ -487,3 +488,62 @@ def test_sizes_that_make_no_sense(size, wanted):
 def test_a_loaded_model_has_its_size(fake_model):
     with pytest.raises(ValueError, match="image_size must be None for a model that is loaded already"):
         Matcher(fake_model, "cpu", image_size=256)
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch):
+    """`torch.compile` without the compiler behind it: graphs are traced and run as they are. One entry a graph."""
+    graphs, real = [], torch.compile
+
+    def record(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def compile(model, **options):
+        assert options.pop("mode") is None
+        return real(model, backend=record, **options)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    yield graphs
+    torch._dynamo.reset()
+
+
+def test_compiled_is_one_graph_and_answers_alike(quick_compiler, photo, other_photo):
+    plain = Matcher(image_size=96, device="cpu")
+    compiled = Matcher(image_size=96, device="cpu", compile=True)
+    for pair in ((photo, other_photo), (other_photo, photo)):
+        found, wanted = compiled(*pair), plain(*pair)
+        np.testing.assert_allclose(found.flow, wanted.flow, atol=1e-2)
+    assert len(quick_compiler) == 1
+
+
+def test_a_compiled_batch_is_filled_up(quick_compiler, photo, other_photo):
+    pairs = [(photo, other_photo), (other_photo, photo), (photo, photo)]
+    plain = Matcher(image_size=96, device="cpu").batch(pairs, batch_size=2)
+    compiled = Matcher(image_size=96, device="cpu", compile=True).batch(pairs, batch_size=2)
+    assert len(compiled) == 3 and len(quick_compiler) == 1
+    for found, wanted in zip(compiled, plain, strict=True):
+        np.testing.assert_allclose(found.flow, wanted.flow, atol=1e-2)
+
+
+def test_compile_is_yes_or_no(fake_model):
+    with pytest.raises(TypeError, match="compile must be True or False, got str"):
+        Matcher(fake_model, compile="reduce-overhead")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_for_real(photo, other_photo):
+    found = Matcher(image_size=96, device="cpu", compile=True)(photo, other_photo)
+    wanted = Matcher(image_size=96, device="cpu")(photo, other_photo)
+    np.testing.assert_allclose(found.flow, wanted.flow, atol=1e-2)
+    torch._dynamo.reset()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compiled_on_the_gpu_is_graphs(photo, other_photo, dtype):
+    matcher, plain = (Matcher(dtype=dtype, device="cuda", compile=compile) for compile in (True, False))
+    for pair in ((photo, other_photo), (other_photo, photo), (photo, other_photo), (other_photo, photo)):
+        difference = np.abs(matcher(*pair).flow - plain(*pair).flow)
+        assert difference.mean() < (1e-2 if dtype == "float32" else 1.0)

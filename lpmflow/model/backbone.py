@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from lpmflow.config import CONVNET, LPMFlowConfig
 from lpmflow.model.convnet import STRIDE, OrientedConvNet
+from lpmflow.model.layers import Linear, LinearGelu
 
 Grid = tuple[int, int]
 
@@ -114,6 +115,7 @@ class ViTBackbone(nn.Module):
             net.pos_embed = native_table
             resize = ResizedPositions(native_grid, config.coarse_grid, prefix)
             parametrize.register_parametrization(net, "pos_embed", resize, unsafe=True)
+        _use_our_layers(net, timm.layers.Mlp)
         self.net = net
 
     def forward(self, images: Tensor) -> Features:
@@ -123,6 +125,20 @@ class ViTBackbone(nn.Module):
         patches = tokens[:, self.prefix :]
         cls = tokens[:, :1] if self.has_cls else patches.mean(dim=1, keepdim=True)
         return Features(torch.cat((cls, patches), dim=1), None)
+
+
+def _use_our_layers(net: nn.Module, mlp: type[nn.Module]) -> None:
+    """Linear layers become those of `ops.linear`, and where an `mlp` has a GELU behind its first, both in one."""
+    for module in net.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
+    for module in net.modules():
+        if type(module) is not mlp:
+            continue
+        first, activation = getattr(module, "fc1", None), getattr(module, "act", None)
+        if type(first) is Linear and type(activation) is nn.GELU and activation.approximate == "none":
+            first.__class__ = LinearGelu  # type: ignore[assignment]
+            module.act = nn.Identity()
 
 
 class ResizedPositions(nn.Module):

@@ -13,6 +13,20 @@ from lpmflow import ops
 Grid = tuple[int, int]
 
 
+class Linear(nn.Linear):
+    """`torch.nn.Linear` by `ops.linear`, which is faster on a CPU where there are no gradients."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
+
+
+class LinearGelu(nn.Linear):
+    """`Linear`, then the exact GELU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias, gelu=True)
+
+
 class Mlp(nn.Module):
     """Linear, GELU, linear on (..., C)."""
 
@@ -21,12 +35,12 @@ class Mlp(nn.Module):
         hidden = int(width * ratio)
         if hidden < 1:
             raise ValueError(f"mlp_ratio must leave at least one of {width} channels, got {ratio}")
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = LinearGelu(width, hidden)
+        self.fc2 = Linear(hidden, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))
+        return self.dropout(self.fc2(self.dropout(self.fc1(x))))
 
 
 class Projections(nn.Module):
@@ -37,14 +51,14 @@ class Projections(nn.Module):
         if width % heads:
             raise ValueError(f"heads must divide the width {width}, got {heads}")
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def split(self, x: Tensor, first: int = 0, last: int = 3) -> tuple[Tensor, ...]:
         """Thirds `first` to `last` of qkv applied to x (B, N, C), each as (B, heads, N, C / heads)."""
         width = x.shape[-1]
         rows = slice(first * width, last * width)
-        thirds = F.linear(x, self.qkv.weight[rows], self.qkv.bias[rows])
+        thirds = ops.linear(x, self.qkv.weight[rows], self.qkv.bias[rows])
         return thirds.unflatten(-1, (last - first, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def join(self, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from lpmflow.ops.correlation import correlation
 from lpmflow.ops.correlation_flow import CorrelationFlow, correlation_flow, volume_fits
 from lpmflow.ops.correlation_volume import correlation_volume
 from lpmflow.ops.cross_scale_fusion import FusedFlow, cross_scale_fusion
+from lpmflow.ops.linear import linear
 from lpmflow.ops.region_attention import region_attention
 from lpmflow.ops.window_refinement import window_attention
 from lpmflow.ops.window_stage import window_stage
@@ -28,6 +29,7 @@ __all__ = [
     "correlation_volume",
     "cross_scale_fusion",
     "last_backend",
+    "linear",
     "region_attention",
     "region_bias",
     "use_backend",

@@ -11,6 +11,7 @@ from lpmflow import reference
 from lpmflow.ops._autodiff import has_tangent, needs_gradient
 from lpmflow.ops._backends import choose
 from lpmflow.ops._checks import check_count, check_shape, check_tensor
+from lpmflow.ops.linear import linear
 from lpmflow.ops.window_refinement import OP as ATTENTION
 from lpmflow.ops.window_refinement import why_not_attention, window_attention
 from lpmflow.reference import PooledMap, StageWeights
@@ -59,7 +60,8 @@ def window_stage(
 
         return PooledMap(*native.window_stage(x, weights, heads=heads, window=window, eps=eps))
     attend = functools.partial(window_attention, backend=backend)
-    return reference.window_stage(x, weights, heads=heads, window=window, eps=eps, attend=attend)
+    layer = {"linear": linear} if chosen == "native" else {}
+    return reference.window_stage(x, weights, heads=heads, window=window, eps=eps, attend=attend, **layer)
 
 
 def _check_weights(weights: StageWeights, x: Tensor, heads: int, window: int) -> None:

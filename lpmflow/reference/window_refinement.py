@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def window_attention(qkv: Tensor, bias_table: Tensor, *, heads: int, window: int, shift: int) -> Tensor:
+def window_attention(qkv: Tensor, bias_table: Tensor, *, heads: int, window: int, shift: int = 0) -> Tensor:
     """Swin attention on qkv (B, H, W, 3C) -> (B, H, W, C).
 
     A map that is not a multiple of the window is padded at the bottom and right; padded keys are masked. With

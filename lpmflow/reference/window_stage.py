@@ -52,6 +52,12 @@ class PooledMap(NamedTuple):
     """(B, C)"""
 
 
+def plain_linear(x: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool = False) -> Tensor:
+    """A linear layer, and the exact GELU of it where `gelu` is set."""
+    y = F.linear(x, weight, bias)
+    return F.gelu(y) if gelu else y
+
+
 def window_stage(
     x: Tensor,
     weights: StageWeights,
@@ -59,20 +65,19 @@ def window_stage(
     heads: int,
     window: int,
     eps: float,
-    attend: Callable[..., Tensor] | None = None,
+    attend: Callable[..., Tensor] = window_attention,
+    linear: Callable[..., Tensor] = plain_linear,
 ) -> PooledMap:
-    """x + norm_out(block(x)) on (B, H, W, C), GELU between fc1 and fc2; `attend` does the attention if given.
+    """x + norm_out(block(x)) on (B, H, W, C), GELU between fc1 and fc2; with another attention and layers if given.
 
     block(x) = y + fc2(gelu(fc1(norm2(y)))) with y = x + proj(attention(qkv(norm1(x)))).
     """
     w, width = weights, (x.shape[-1],)
-    qkv = F.linear(F.layer_norm(x, width, w.norm1_weight, w.norm1_bias, eps), w.qkv_weight, w.qkv_bias)
-    if attend is None:
-        attended = window_attention(qkv, w.bias_table, heads=heads, window=window, shift=0)
-    else:
-        attended = attend(qkv, w.bias_table, heads=heads, window=window)
-    y = x + F.linear(attended, w.proj_weight, w.proj_bias)
-    hidden = F.gelu(F.linear(F.layer_norm(y, width, w.norm2_weight, w.norm2_bias, eps), w.fc1_weight, w.fc1_bias))
-    y = y + F.linear(hidden, w.fc2_weight, w.fc2_bias)
+    qkv = linear(F.layer_norm(x, width, w.norm1_weight, w.norm1_bias, eps), w.qkv_weight, w.qkv_bias)
+    attended = attend(qkv, w.bias_table, heads=heads, window=window)
+    y = x + linear(attended, w.proj_weight, w.proj_bias)
+    normed = F.layer_norm(y, width, w.norm2_weight, w.norm2_bias, eps)
+    hidden = linear(normed, w.fc1_weight, w.fc1_bias, gelu=True)
+    y = y + linear(hidden, w.fc2_weight, w.fc2_bias)
     out = x + F.layer_norm(y, width, w.norm_out_weight, w.norm_out_bias, eps)
     return PooledMap(out, out.mean(dim=(1, 2)), out.amax(dim=(1, 2)))

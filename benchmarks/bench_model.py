@@ -1,0 +1,167 @@
+"""The network as a whole: against the released network's own structure, by batch size, in memory, and stage by stage.
+
+Weights are random and images noise, which changes nothing about the time. "lpmflow" is what a `Matcher` runs; on a GPU
+both ways are measured under `torch.compile` as well, and on the CPU where `--compile` is given, which takes minutes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from released import released_structure
+from timing import interleaved
+
+from lpmflow import profile
+from lpmflow.config import preset
+from lpmflow.model import LPMFlow, create_model
+from lpmflow.model.inference import keep_weights_in
+
+PRESETS = ("lpmflow-base", "lpmflow-tiny")
+DTYPES = ("float32", "bfloat16")
+BATCHES = {"cpu": {"lpmflow-base": (1,), "lpmflow-tiny": (1, 4)}, "cuda": dict.fromkeys(PRESETS, (1, 8, 32))}
+
+
+@functools.lru_cache(maxsize=1)
+def network(name: str) -> LPMFlow:
+    """With random weights, made once for all measurements of it."""
+    torch.manual_seed(0)
+    return create_model(name).eval()
+
+
+def runs(name: str, dtype: str, device: torch.device, batch: int, *, compiled: bool) -> dict:
+    """Each way to compute the flow of the same pairs."""
+    plain, precision = network(name).to(device), getattr(torch, dtype)
+    prepared = copy.deepcopy(plain)
+    if dtype != "float32":
+        keep_weights_in(prepared, precision)
+    images = torch.randn(2, batch, 3, *plain.config.image_size, device=device)
+
+    def within(function, around=contextlib.nullcontext):
+        def run():
+            half = torch.autocast(device.type, precision) if dtype != "float32" else contextlib.nullcontext()
+            with torch.inference_mode(), half, around():
+                return function(*images).flow
+
+        return run
+
+    found = {
+        "released structure": within(plain, lambda: released_structure(plain)),
+        "lpmflow": within(prepared),
+    }
+    if compiled:
+        mode = "reduce-overhead" if device.type == "cuda" else None
+        faster = torch.compile(prepared, fullgraph=True, dynamic=False, mode=mode)
+        slower = torch.compile(plain, dynamic=False)
+        found["released structure, torch.compile"] = within(slower, lambda: released_structure(plain))
+        found["lpmflow, torch.compile"] = within(faster)
+    wanted = found["released structure"]()
+    for way, run in found.items():
+        allowed = 1e-3 if dtype == "float32" and device.type == "cpu" else 1.0
+        assert (run() - wanted).abs().max() <= allowed, f"{way} answers otherwise"
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", PRESETS)
+def test_speed(name, dtype, device, seconds, report, request):
+    compiled = device.type == "cuda" or request.config.getoption("--compile")
+    for batch in BATCHES[device.type][name]:
+        ways = runs(name, dtype, device, batch, compiled=compiled)
+        times = interleaved(ways, device, seconds=seconds, rounds=3, warm=1)
+        for way, time in times.items():
+            report.add(
+                "whole network",
+                model=name,
+                dtype=dtype,
+                pairs=batch,
+                way=way,
+                ms=1e3 * time,
+                ratio=times["released structure"] / time,
+                pairs_per_second=batch / time,
+            )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", PRESETS)
+def test_stages(name, dtype, device, report):
+    if device.type == "cpu" and dtype != "float32":
+        pytest.skip("on a CPU in float32 only, for time; lpmflow profile --dtype bfloat16 shows it")
+    model, precision = copy.deepcopy(network(name)).to(device), getattr(torch, dtype)
+    if dtype != "float32":
+        keep_weights_in(model, precision)
+    found = profile.profile(model, dtype=precision, seconds=0)
+    whole = sum(stage.seconds for stage in found.stages)
+    for stage in found.stages:
+        report.add(
+            f"{name}, one pair of {preset(name).image_size[0]} pixels, stage by stage",
+            dtype=dtype,
+            stage=stage.name,
+            GFLOP=stage.flops / 1e9,
+            MB=stage.bytes / 1e6,
+            ms=1e3 * stage.seconds,
+            share=f"{100 * stage.seconds / whole:.0f} %",
+            roofline=f"{100 * stage.roofline:.0f} %" if stage.bytes else None,
+        )
+
+
+_MEMORY = """
+import contextlib, json, sys, torch
+sys.path.insert(0, sys.argv[1])
+from released import released_structure
+from lpmflow import profile
+from lpmflow.model import create_model
+name, dtype, released, device = sys.argv[2], sys.argv[3], sys.argv[4] == "1", torch.device(sys.argv[5])
+if released:
+    model, precision = create_model(name).eval().to(device), getattr(torch, dtype)
+else:
+    model, precision = profile.network(name, str(device), dtype)
+def resident(field):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(field)) * 1024
+def run(model, side):
+    images = torch.zeros(2, 1, 3, *side, device=device)
+    half = torch.autocast(device.type, precision) if dtype != "float32" else contextlib.nullcontext()
+    with torch.inference_mode(), half, released_structure(model) if released else contextlib.nullcontext():
+        model(*images)
+if device.type == "cuda":
+    run(model, model.config.image_size)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+else:
+    run(create_model("lpmflow-tiny", image_size=96).eval(), (96, 96))  # threads and libraries are not counted
+    before = resident("VmRSS")
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+run(model, model.config.image_size)
+peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident("VmHWM")
+weights = sum(p.numel() * p.element_size() for p in model.parameters())
+print(json.dumps({"bytes": peak - before, "weights": weights}))
+"""
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", PRESETS)
+def test_peak_memory(name, dtype, device, report):
+    if device.type == "cpu" and not sys.platform.startswith("linux"):
+        pytest.skip("peak memory of the process is known on Linux only")
+    here = str(Path(__file__).resolve().parent)
+    for way, released in (("released structure", "1"), ("lpmflow", "0")):
+        command = [sys.executable, "-c", _MEMORY, here, name, dtype, released, str(device)]
+        found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        report.add(
+            "memory of one pair",
+            model=name,
+            dtype=dtype,
+            way=way,
+            weights_MiB=found["weights"] / 2**20,
+            beside_them_MiB=found["bytes"] / 2**20,
+        )
