@@ -45,9 +45,14 @@ def require_room(config: LPMFlowConfig, device: torch.device | None = None) -> N
 
     None: on every device here.
     """
-    wanted, free = matching_bytes(config), free_bytes(device)
+    require_bytes(config.image_size, matching_bytes(config), device)
+
+
+def require_bytes(image_size: tuple[int, int], wanted: int, device: torch.device | None = None) -> None:
+    """ValueError naming image_size (height, width) when a pair takes `wanted` bytes and fewer are free on `device`."""
+    free = free_bytes(device)
     if wanted > free:
-        height, width = config.image_size
+        height, width = image_size
         where = "here" if device is None else f"on {device}"
         raise ValueError(
             f"image_size must be smaller, got {height} x {width}: a pair takes {_gib(wanted)} or more at that size, "

@@ -103,6 +103,8 @@ def test_refusals_name_the_argument(backbone, weights, tmp_path, fake_model):
         Matcher("zero-shot", "cpu", backbone=backbone, backbone_weights=weights, readout="best")
     with pytest.raises(ValueError, match="image_size must be a positive integer or"):
         Matcher("zero-shot", "cpu", backbone=backbone, backbone_weights=weights, image_size=0)
+    with pytest.raises(ValueError, match="^image_size must be smaller, got 160000 x 160000: a pair takes "):
+        Matcher("zero-shot", "cpu", backbone=backbone, backbone_weights=weights, image_size=160_000)
     other = tmp_path / "other.pth"
     other.write_text("hello")
     with pytest.raises(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lpmflow import ops
+from lpmflow.memory import require_bytes
 from lpmflow.model.backbone import import_timm
 from lpmflow.model.checkpoint import is_torch_file
 from lpmflow.model.lpmflow import FlowOutput
@@ -50,7 +51,8 @@ class ZeroShot(nn.Module):
         readout: "nearest" takes the most similar target cell; "window" averages the cells around it, 1/8 of the grid
             to each side, under a softmax of their cosines (soft-argmax), which gives places between cells.
 
-    Raises ValueError for a name timm does not have or a size that does not fit, OSError when there are no weights.
+    Raises ValueError for a name timm does not have, a size that does not fit or takes more memory than there is;
+    OSError when there are no weights.
     """
 
     def __init__(
@@ -70,6 +72,9 @@ class ZeroShot(nn.Module):
         size = (size, size) if isinstance(size, int) else tuple(size)
         if len(size) != 2 or not all(isinstance(side, int) and side >= 1 for side in size):
             raise ValueError(f"image_size must be a positive integer or (height, width), got {image_size!r}")
+        reduction = self.net.feature_info[-1]["reduction"]
+        cells = max(size[0] // reduction, 1) * max(size[1] // reduction, 1)
+        require_bytes(size, 4 * (12 * size[0] * size[1] + 2 * cells**2))  # photographs twice, similarities twice
         if hasattr(self.net, "set_input_size"):
             try:
                 self.net.set_input_size(img_size=size)
