@@ -22,7 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     group.addoption("--dtype", default=None, choices=list(DTYPES), help="float32 on the CPU, bfloat16 on a GPU")
     group.addoption("--batch-size", type=int, default=None, help="pairs (default: 1 on the CPU, 16 on a GPU)")
-    group.addoption("--seconds", type=float, default=0.6, help="how long each comparison is measured (default: 0.6)")
+    group.addoption("--seconds", type=float, default=0.4, help="how long each comparison is measured (default: 0.4)")
     group.addoption("--compile", action="store_true", help="measure torch.compile of the whole network on a CPU too")
     group.addoption("--json", metavar="FILE", default=None, help="write the figures there as well")
 

@@ -138,7 +138,7 @@ def profile(
         model: an `LPMFlow` in evaluation mode, on the device to measure; its weights may be random.
         batch_size: pairs in one forward pass.
         dtype: float32, bfloat16 or float16; the network computes in the last two by autocast.
-        seconds: how long to measure, at least; three passes are the least.
+        seconds: how long to measure, at least; two passes, whole and in parts, are the least.
 
     On a GPU the device is waited for at the border of every stage, so that a small batch takes longer stage by stage
     than as a whole. Raises ValueError for a batch size below 1 and for a model in training mode.
@@ -163,12 +163,11 @@ def profile(
         return time.perf_counter()
 
     run()
-    run()
     whole: list[float] = []
     parts: dict[str, list[float]] = {}
     calls: dict[str, int] = {}
     begin = time.perf_counter()
-    while len(whole) < 3 or time.perf_counter() - begin < seconds:
+    while len(whole) < 2 or time.perf_counter() - begin < seconds:
         start = clock()
         run()
         whole.append(clock() - start)

@@ -132,6 +132,13 @@ def test_compiled_is_one_graph(layer):
     torch.testing.assert_close(found, plain(*layer, True), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
+def test_traced_is_pytorchs(layer):
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda x: ops.linear(x, *layer[1:]), layer[:1])
+    assert "mkldnn" not in str(traced.graph)
+
+
 def test_layers(layer):
     x = layer[0]
     torch.manual_seed(0)
