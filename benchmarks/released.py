@@ -1,8 +1,8 @@
 """The released network's own structure, to compare with: the same mathematics and weights, computed as it is there.
 
-One image at a time through the backbone; all three thirds of every cross-attention's projection, whether they are used
-or not; attention from whole maps and a whole bias; windows cut out, correlations interpolated to whole volumes. 384
-GFLOP a pair at the size of the paper.
+The images of one side at a time through the backbone; all three thirds of every cross-attention's projection, whether
+they are used or not; outside the backbone, attention from whole maps and a whole bias; windows cut out, correlations
+interpolated to whole volumes. 384 GFLOP a pair at the size of the paper.
 """
 
 from __future__ import annotations

@@ -56,8 +56,9 @@ class Matcher:
             (16): 512, 768, 1024. Tables of positions are resized to it, so it works best near the size the weights
             were trained at (None). A finer flow for more time and memory; the memory grows with the number of pixels.
         compile: True has `torch.compile` build the network into one program for each batch size it meets, at the first
-            call with it (about a minute on a CPU, which needs a C++ compiler); on a GPU as CUDA graphs. `batch` fills
-            its last batch up instead of having another program made.
+            call with it (about a minute on a CPU, which needs a C++ compiler); on a GPU as CUDA graphs, and then from
+            one thread only. `batch` fills a short batch up instead of having another program made; PyTorch makes
+            eight in a process unless `torch._dynamo.config.recompile_limit` says more, and raises at the ninth.
 
     Images are read and resized on the CPU. A Matcher changes nothing when it is called, so threads may share one.
     Raises ValueError for an unknown model, device or dtype, and for a model without trained weights, which would

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import math
 import os
 import statistics
 import time
@@ -141,10 +142,16 @@ def profile(
         seconds: how long to measure, at least; two passes, whole and in parts, are the least.
 
     On a GPU the device is waited for at the border of every stage, so that a small batch takes longer stage by stage
-    than as a whole. Raises ValueError for a batch size below 1 and for a model in training mode.
+    than as a whole. Raises ValueError or TypeError naming the argument, also for a model in training mode.
     """
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool):
+        raise TypeError(f"batch_size must be an integer, got {type(batch_size).__name__}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"seconds must be at least 0 and finite, got {seconds}")
     if model.training:
         raise ValueError("model must be in evaluation mode, got one in training mode; call its eval()")
     device = next(model.parameters()).device
@@ -311,3 +318,5 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

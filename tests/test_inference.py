@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from lpmflow.config import lpmflow_tiny
 from lpmflow.matcher import Matcher
@@ -40,6 +42,16 @@ def test_what_is_kept_in_it():
     assert types["layout.blocks.0.norm1.weight"] == types["integration.x_normal"] == torch.float32
     assert types["layout.blocks.0.attn.bias_table"] == types["layout.position"] == torch.float32
     assert not model.layout.blocks[0].attn.qkv.weight.requires_grad
+
+
+def test_layers_that_work_on_their_weights_keep_them():
+    class Centred(nn.Conv2d):
+        def forward(self, x):
+            return F.conv2d(x, self.weight - self.weight.mean(), self.bias)
+
+    model = nn.Sequential(Centred(3, 4, 1), nn.Conv2d(4, 4, 1))
+    keep_weights_in(model, torch.bfloat16)
+    assert [layer.weight.dtype for layer in model] == [torch.float32, torch.bfloat16]
 
 
 def test_a_matcher_keeps_them_in_it_where_the_network_is_its_own(photo):

@@ -85,8 +85,14 @@ def test_the_model_is_left_as_it_was(model, quick):
     with pytest.raises(ValueError, match="model must be in evaluation mode"):
         profile(model)
     model.eval()
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        profile(model, batch_size=0)
+    for arguments, error, wanted in (
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 1.5}, TypeError, "batch_size must be an integer, got float"),
+        ({"dtype": torch.float64}, ValueError, "dtype must be float32, bfloat16 or float16"),
+        ({"seconds": float("inf")}, ValueError, "seconds must be at least 0 and finite"),
+    ):
+        with pytest.raises(error, match=wanted):
+            profile(model, **arguments)
 
 
 def test_measured_peaks_are_of_this_machine():

@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-LAYERS = (nn.Linear, nn.Conv2d)
-"""Those that autocast computes in the lower precision from weights alone."""
+from lpmflow.model.layers import Linear, LinearGelu
+
+LAYERS = (nn.Linear, nn.Conv2d, Linear, LinearGelu)
+"""Those that autocast computes in the lower precision from weights alone; not what is derived from them, which may work
+on its weights first."""
 
 
 def keep_weights_in(model: nn.Module, dtype: torch.dtype) -> None:
@@ -17,7 +20,7 @@ def keep_weights_in(model: nn.Module, dtype: torch.dtype) -> None:
     can then be used under autocast to `dtype` only, and not be trained.
     """
     for module in model.modules():
-        if isinstance(module, LAYERS):
+        if type(module) in LAYERS:
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
                 parameter.data = parameter.data.to(dtype)

@@ -27,27 +27,48 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool 
         weight: (outputs, inputs), as `torch.nn.Linear` has it.
         bias: (outputs,) or None.
     """
-    if _by_onednn(x, weight, bias):
-        if torch.is_autocast_enabled("cpu"):
-            dtype = torch.get_autocast_dtype("cpu")
-            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        if x.dtype in _TYPES and weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype):
-            activation = ("gelu", "none") if gelu else ("none", "")
-            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation[0], [], activation[1])
-            return y
+    dtype = _by_onednn(x, weight, bias)
+    if dtype is not None:
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        activation = ("gelu", "none") if gelu else ("none", "")
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation[0], [], activation[1])
+        return y
     y = F.linear(x, weight, bias)
     return F.gelu(y) if gelu else y
 
 
-def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether it may be, but for the type of the tensors. The cheap questions come first."""
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
+    """The type to compute in by oneDNN, None where PyTorch is to do it. The cheap questions come first."""
     if x.device.type != "cpu" or torch.jit.is_tracing() or torch.compiler.is_compiling():
-        return False
+        return None
     if x.ndim < 2 or x.numel() * weight.shape[0] < LEAST:
-        return False
+        return None
     tensors = (x, weight) if bias is None else (x, weight, bias)
-    if x.shape[-1] != weight.shape[-1] or not all(type(tensor) in (Tensor, Parameter) for tensor in tensors):
-        return False  # to PyTorch, for its message or for what a subclass makes of it
-    if needs_gradient(*tensors) or why_no_kernel(*tensors) is not None:
+    # To PyTorch, for its message or for what it makes of them: other shapes, layouts and subclasses. The routine takes
+    # a bias for dense without looking.
+    if weight.ndim != 2 or x.shape[-1] != weight.shape[1] or not all(_plain(tensor) for tensor in tensors):
+        return None
+    if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_contiguous()):
+        return None
+    if needs_gradient(*tensors) or why_no_kernel(*tensors) is not None or torch._C._len_torch_dispatch_stack():
+        return None  # the last: modes that count or record operations are to see PyTorch's own
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        if any(tensor.dtype not in (dtype, torch.float32) for tensor in tensors):
+            return None
+    else:
+        dtype = x.dtype
+        if any(tensor.dtype != dtype for tensor in tensors):
+            return None
+    return dtype if dtype in _TYPES and _available(dtype) else None
+
+
+def _plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, Parameter) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+
+
+def _available(dtype: torch.dtype) -> bool:
+    """Whether oneDNN is here and this processor computes in `dtype`."""
+    if not (mkldnn.is_available() and mkldnn.enabled):
         return False
-    return bool(mkldnn.is_available()) and bool(mkldnn.enabled)
+    return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
