@@ -18,6 +18,7 @@ import pytest
 import torch
 from released import released_structure
 from timing import interleaved
+from torch.utils.flop_counter import FlopCounterMode
 
 from lpmflow import profile
 from lpmflow.config import preset
@@ -67,6 +68,15 @@ def runs(name: str, dtype: str, device: torch.device, batch: int, *, compiled: b
         allowed = 1e-3 if dtype == "float32" and device.type == "cpu" else 1.0
         assert (run() - wanted).abs().max() <= allowed, f"{way} answers otherwise"
     return found
+
+
+def test_released_operations():
+    """The structure compared with is the released one: 384 GFLOP a pair."""
+    weightless = create_model("lpmflow-base").eval().to("meta")
+    images = torch.empty(2, 1, 3, *weightless.config.image_size, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, released_structure(weightless):
+        weightless(*images)
+    assert counter.get_total_flops() == pytest.approx(384e9, rel=2e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

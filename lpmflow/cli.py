@@ -220,10 +220,10 @@ def run_profile(args: argparse.Namespace) -> None:
     import json
 
     from lpmflow import profile
+    from lpmflow.benchmark import check_writable
     from lpmflow.flowfile import replacing
 
-    if args.json is not None and not Path(args.json).absolute().parent.is_dir():
-        raise OSError(f"--json must name a file in an existing folder, got {args.json!r}")
+    check_writable({"--json": args.json})
     model, dtype = profile.network(args.model, args.device, args.dtype, args.image_size)
     found = profile.profile(model, batch_size=args.batch_size, dtype=dtype, seconds=args.seconds)
     print("\n".join(found.lines()))

@@ -162,7 +162,9 @@ class Matcher:
         sources, targets = (torch.stack([pair[side][0] for pair in pairs + spare]).to(self.device) for side in (0, 1))
         half = self.dtype != torch.float32
         mixed = torch.autocast(self.device.type, self.dtype) if half else contextlib.nullcontext()
-        room = explained(len(pairs + spare), self.model.config.input_size, self.device)
+        config = self.model.config
+        seen = getattr(config, "image_size", config.input_size)  # a zero-shot model sees all that it is given
+        room = explained(len(pairs + spare), seen, self.device)
         with self._turn, room, torch.inference_mode(), mixed:
             output = self._run(sources, targets)
             grids = [grid.float().cpu().numpy() for grid in (output.flow, output.confidence, output.foreground)]

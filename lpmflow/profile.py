@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lpmflow.memory import explained
+
 if TYPE_CHECKING:
     from lpmflow.model import LPMFlow
 
@@ -142,7 +144,8 @@ def profile(
         seconds: how long to measure, at least; two passes, whole and in parts, are the least.
 
     On a GPU the device is waited for at the border of every stage, so that a small batch takes longer stage by stage
-    than as a whole. Raises ValueError or TypeError naming the argument, also for a model in training mode.
+    than as a whole. Raises ValueError or TypeError naming the argument, also for a model in training
+    mode, and RuntimeError when the memory does not suffice.
     """
     if not isinstance(batch_size, int) or isinstance(batch_size, bool):
         raise TypeError(f"batch_size must be an integer, got {type(batch_size).__name__}")
@@ -161,9 +164,10 @@ def profile(
     half = dtype != torch.float32
 
     def run() -> None:
-        with torch.inference_mode(), torch.autocast(device.type, dtype) if half else contextlib.nullcontext():
+        mixed = torch.autocast(device.type, dtype) if half else contextlib.nullcontext()
+        with explained(batch_size, model.config.image_size, device), torch.inference_mode(), mixed:
             model(*images)
-        _wait(device)
+            _wait(device)
 
     def clock() -> float:
         _wait(device)

@@ -8,12 +8,14 @@ and the last bits of real hardware.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,14 @@ def emulated(op: str, folder: Path) -> Callable[..., int]:
         return status
 
     return run
+
+
+def native_on(op: str, launch: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """`lpmflow_kernels.native.{op}`, whose CUDA function takes CPU tensors and is `launch`."""
+    module = importlib.import_module(f"lpmflow_kernels.native.{op}")
+    monkeypatch.setattr(module, "place_of", lambda x: (0, 0))
+    monkeypatch.setattr(module, "loaded", lambda name: types.SimpleNamespace(**{f"{op}_forward_cuda": launch}))
+    return module
 
 
 class Output:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulated import ARCHITECTURES, Called, Context, Output, amid_nan, assert_nothing_spills, emulated
+from emulated import ARCHITECTURES, Called, Context, Output, amid_nan, assert_nothing_spills, emulated, native_on
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -92,10 +92,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., int]:
 @pytest.fixture
 def native(launch: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     """`lpmflow_kernels.native.cross_scale_fusion`, whose CUDA function takes CPU tensors: to the emulated device."""
-    module = importlib.import_module("lpmflow_kernels.native.cross_scale_fusion")
-    monkeypatch.setattr(module, "place_of", lambda x: (0, 0))
-    monkeypatch.setattr(module, "loaded", lambda op: types.SimpleNamespace(cross_scale_fusion_forward_cuda=launch))
-    return module
+    return native_on("cross_scale_fusion", launch, monkeypatch)
 
 
 def inputs(case: Any, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor, Tensor]:

@@ -38,7 +38,7 @@ ARROWS: dict[str, set[str]] = {
     "benchmark": LEAVES
     | {"lpmflow", "images", "data", "evaluation", "matcher", "identity", "result", "visualize", "flowfile"},
     "info": LEAVES | {"lpmflow", "model", "ops"},
-    "profile": LEAVES | {"matcher", "model", "ops"},
+    "profile": LEAVES | {"matcher", "memory", "model", "ops"},
     "demo": LEAVES | {"images", "matcher", "result", "visualize", "flowfile"},
     "cli": LEAVES
     | {"lpmflow", "images", "matcher", "result", "model", "benchmark", "data", "info", "demo", "profile", "flowfile"},

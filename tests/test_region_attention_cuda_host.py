@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulated import ARCHITECTURES, CSRC, Called, Context, Output, amid_nan, assert_nothing_spills, emulated
+from emulated import ARCHITECTURES, CSRC, Called, Context, Output, amid_nan, assert_nothing_spills, emulated, native_on
 from kernel_bench import FLOOR, LAYOUTS, laid_out
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -106,10 +106,7 @@ def library(launch: Callable[..., int], folder: Path) -> ctypes.CDLL:
 @pytest.fixture
 def native(launch: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     """`lpmflow_kernels.native.region_attention`, whose CUDA function takes CPU tensors: to the emulated device."""
-    module = importlib.import_module("lpmflow_kernels.native.region_attention")
-    monkeypatch.setattr(module, "place_of", lambda x: (0, 0))
-    monkeypatch.setattr(module, "loaded", lambda op: types.SimpleNamespace(region_attention_forward_cuda=launch))
-    return module
+    return native_on("region_attention", launch, monkeypatch)
 
 
 def inputs(size: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:

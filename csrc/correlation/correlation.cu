@@ -11,6 +11,7 @@
 #include "correlation_cuda.h"
 
 #include "../common/attention.cuh"
+#include "../common/on_device.cuh"
 #include "correlation_tiles.h"
 
 namespace lpmflow {
@@ -232,16 +233,9 @@ int correlation_forward_cuda(const CorrelationCudaArgs& args, int device, void* 
   if (args.m < 1 || args.width < 1 || args.width > 256 || args.prefix < 0 || args.heads > INT32_MAX) {
     return cudaErrorInvalidValue;
   }
-  const DeviceScope scope(device);
-  if (scope.status() != cudaSuccess) return scope.status();
-  const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  switch (args.dtype) {
-    case Dtype::kFloat32: return forward<float>(args, device, on);
-    case Dtype::kFloat16: return forward<Float16>(args, device, on);
-    case Dtype::kBFloat16: return forward<BFloat16>(args, device, on);
-    case Dtype::kFloat64: break;
-  }
-  return cudaErrorNotSupported;
+  return on_device(args.dtype, device, stream, [&](auto element, cudaStream_t on) {
+    return forward<decltype(element)>(args, device, on);
+  });
 }
 
 }  // namespace lpmflow

@@ -13,6 +13,7 @@
 #include "cross_scale_fusion_cuda.h"
 
 #include "../common/device.cuh"
+#include "../common/on_device.cuh"
 #include "cross_scale_fusion_cells.h"
 
 namespace lpmflow {
@@ -197,16 +198,9 @@ int cross_scale_fusion_forward_cuda(const FusionCudaArgs& args, int device, void
   for (int64_t s = 0; s < args.count; ++s) {
     if (!lines_fit(args.scale[s], args.h, args.w, args.first_row, args.rows)) return -kOtherLines;
   }
-  const DeviceScope scope(device);
-  if (scope.status() != cudaSuccess) return scope.status();
-  const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  switch (args.dtype) {
-    case Dtype::kFloat32: return forward<float>(args, device, on);
-    case Dtype::kFloat16: return forward<Float16>(args, device, on);
-    case Dtype::kBFloat16: return forward<BFloat16>(args, device, on);
-    case Dtype::kFloat64: break;
-  }
-  return cudaErrorNotSupported;
+  return on_device(args.dtype, device, stream, [&](auto element, cudaStream_t on) {
+    return forward<decltype(element)>(args, device, on);
+  });
 }
 
 }  // namespace lpmflow

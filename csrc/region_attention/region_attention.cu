@@ -8,6 +8,7 @@
 #include "region_attention_cuda.h"
 
 #include "../common/attention.cuh"
+#include "../common/on_device.cuh"
 #include "region_attention_places.h"
 
 namespace lpmflow {
@@ -137,16 +138,9 @@ int region_attention_forward_cuda(const RegionCudaArgs& args, int device, void* 
       s.batch * s.heads > INT32_MAX) {
     return cudaErrorInvalidValue;
   }
-  const DeviceScope scope(device);
-  if (scope.status() != cudaSuccess) return scope.status();
-  const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  switch (s.dtype) {
-    case Dtype::kFloat32: return forward<float>(args, device, on);
-    case Dtype::kFloat16: return forward<Float16>(args, device, on);
-    case Dtype::kBFloat16: return forward<BFloat16>(args, device, on);
-    case Dtype::kFloat64: break;
-  }
-  return cudaErrorNotSupported;
+  return on_device(s.dtype, device, stream, [&](auto element, cudaStream_t on) {
+    return forward<decltype(element)>(args, device, on);
+  });
 }
 
 }  // namespace lpmflow

@@ -12,15 +12,16 @@ from lpmflow.ops._autodiff import needs_gradient, why_no_kernel
 
 _TYPES = (torch.float32, torch.bfloat16)
 LEAST = 2**24
-"""Multiply-adds from which on it is worth its call, which takes 40 us where PyTorch's takes 5."""
+"""Multiply-adds from which on it is worth its call, which takes some 35 us more than PyTorch's."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
     """`torch.nn.functional.linear`, and the exact GELU of it where `gelu` is set.
 
     On a CPU and without gradients it is computed by oneDNN, activation included, the routine that `torch.compile` uses
-    for it as well. On the layers of lpmflow-base in float32 that took 0.75 to 0.9 of the time of PyTorch's own choice,
-    MKL, on an AMD processor. Everything else, and all within `torch.compile` or a trace, goes to PyTorch as it is.
+    for it as well. On the layers of lpmflow-base in float32 that was 1.02 to 1.15 times as fast as PyTorch's own way,
+    MKL, on an AMD processor (`pytest benchmarks/bench_linear.py`). Everything else, and all within `torch.compile` or a
+    trace, goes to PyTorch as it is.
 
     Args:
         x: (..., inputs).
