@@ -331,16 +331,19 @@ def test_gradients_on_a_cuda_device_are_tritons():
     pytest.importorskip("triton")
     importlib.import_module("lpmflow_kernels.cross_scale_fusion")
     module = importlib.import_module("lpmflow_kernels.native.cross_scale_fusion")
-    for device, wanted in (("cuda", "triton"), ("cpu", "native")):
+    for device, wanted, tables in (("cuda", "triton", True), ("cpu", "native", True), ("cpu", "native", False)):
         with FakeTensorMode(), Called() as called:
             corr = torch.empty(2, 6, 4, dtype=torch.bfloat16, device=device)
-            x, y = torch.empty(7, device=device), torch.empty(5, device=device)
+            x, y = (torch.empty(side, device=device, requires_grad=tables) for side in (7, 5))
             inputs = ([corr], [2, 3, 2, 2], [5, 7, 0, 0, 5], 0.1, x, y)
             ctx, output = Context(), module._outputs(*inputs)
             module._save(ctx, inputs, output)
             (grad,), *nothing, grad_x, grad_y = module._differentiate(ctx, torch.empty_like(output[0]), None, None)
         assert grad.shape == corr.shape and grad.dtype == corr.dtype and nothing == [None] * 3
-        assert grad_x.shape == x.shape and grad_y.shape == y.shape
+        if tables:
+            assert grad_x.shape == x.shape and grad_y.shape == y.shape
+        else:
+            assert grad_x is None and grad_y is None
         assert called.names == [f"lpmflow.cross_scale_fusion_{wanted}_backward.default"]
 
 

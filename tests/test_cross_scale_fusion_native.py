@@ -259,7 +259,25 @@ def test_opcheck():
         outputs = torch.ops.lpmflow.cross_scale_fusion_native(*arguments)
     corrs, x, y = [c.detach() for c in corrs], x.detach(), y.detach()
     arguments = (torch.randn(outputs[0].shape), corrs, grids, [6, 10, 0, 0, 6], 0.1, x, y, *outputs)
-    torch.library.opcheck(torch.ops.lpmflow.cross_scale_fusion_native_backward.default, arguments)
+    for tables in (True, False):
+        torch.library.opcheck(torch.ops.lpmflow.cross_scale_fusion_native_backward.default, (*arguments, tables))
+
+
+@pytest.mark.parametrize("case", CASES[:4], ids=str)
+def test_the_tables_have_a_gradient_only_where_it_is_wanted(case):
+    corrs, x, y = inputs(case)
+    corrs = [corr.requires_grad_() for corr in corrs]
+    wanted = []
+    for tables in (True, False):
+        arguments = {"x": x.requires_grad_(tables), "y": y.requires_grad_(tables), "backend": "native"}
+        mapping = ops.cross_scale_fusion(corrs, *zip(*case[1], strict=True), out_grid=case[2], **arguments)
+        mapping.square().sum().backward()
+        wanted.append([corr.grad for corr in corrs])
+        assert tables == (x.grad is not None) == (y.grad is not None)
+        for tensor in (*corrs, x, y):
+            tensor.grad = None
+    for with_tables, without in zip(*wanted, strict=True):
+        torch.testing.assert_close(without, with_tables, rtol=0, atol=0)
 
 
 def test_shapes_without_numbers():

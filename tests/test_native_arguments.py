@@ -69,7 +69,7 @@ def with_gradients(op: str, inputs: dict[str, Any]) -> dict[str, Any]:
         return {"grad_attended": torch.rand(first.shape), "grad_corr": torch.rand(outputs[1].shape), **inputs}
     if op == "cross_scale_fusion":
         kept = dict(zip(("mapping", "confidence", "largest"), outputs, strict=True))
-        return {"grad_mapping": torch.rand(first.shape), **inputs, **kept}
+        return {"grad_mapping": torch.rand(first.shape), **inputs, **kept, "tables": True}
     return {"grad": torch.rand(first.shape), **inputs}
 
 
@@ -121,7 +121,7 @@ def wrong_arguments(arguments: dict[str, Any]) -> Iterator[tuple[str, dict[str, 
             yield f"{name}: longer", {**arguments, name: [*value, value[-1]]}
             yield f"{name}: empty", {**arguments, name: []}
         for i, item in enumerate(value if isinstance(value, list) else [value]):
-            if isinstance(item, float):
+            if isinstance(item, (float, bool)):
                 continue
             changes = wrong_tensors(item) if isinstance(item, Tensor) else wrong_numbers(item)
             for change, other in changes:

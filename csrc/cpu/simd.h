@@ -27,6 +27,7 @@ template <>
 struct Simd<float> {
   using Vec = FloatVec;
   using Bits = IntVec;
+  using Index = int32_t;
   static constexpr int kLanes = LPMFLOW_VECTOR_BYTES / 4;
   static constexpr int kMantissa = 23;
   static constexpr float kBias = 127, kRound = 12582912;  // 1.5 * 2^23: adding it rounds to an integer
@@ -39,6 +40,7 @@ template <>
 struct Simd<double> {
   using Vec = DoubleVec;
   using Bits = LongVec;
+  using Index = int64_t;
   static constexpr int kLanes = LPMFLOW_VECTOR_BYTES / 8;
   static constexpr int kMantissa = 52;
   static constexpr double kBias = 1023, kRound = 6755399441055744;  // 1.5 * 2^52

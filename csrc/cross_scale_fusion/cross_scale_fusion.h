@@ -46,7 +46,7 @@ struct CrossScaleFusion {
 struct CrossScaleFusionBackward {
   CrossScaleFusion op;
   const void* grad_mapping;  // (B, S, 2, rows, w)
-  void *grad_x, *grad_y;     // (w), (h)
+  void *grad_x, *grad_y;     // (w), (h), or both null: not wanted
 };
 
 }  // namespace lpmflow

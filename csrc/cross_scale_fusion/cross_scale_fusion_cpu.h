@@ -36,20 +36,18 @@ class Fusion {
     const T top = row_.make(b, r, c), exponent = T(kLog2E / op_.temperature);
     const T *u = row_.u(), *y = static_cast<const T*>(op_.y), *valid = row_.valid();
     const int64_t width = row_.width();
-    T* columns = columns_.get();
-    for (int64_t j = 0; j < width; j += kLanes) store(columns + j, Vec{});
-    Vec by_line = {};
-    for (int64_t i = 0; i < op_.h; ++i, u += width) {
-      for (int64_t j = 0; j < width; j += kLanes) {
-        const Vec p = exp2_nonpositive<T>((load(u + j) - top) * exponent) * load(valid + j);
-        store(columns + j, load(columns + j) + p);
-        by_line += p * y[i];
+    Vec total = {}, by_column = {}, by_line = {};
+    for (int64_t j = 0; j < width; j += kLanes) {  // down the lines, so that the sums stay in registers
+      Vec column = {}, moment = {};
+      for (int64_t i = 0; i < op_.h; ++i) {
+        const Vec p = exp2_nonpositive<T>((load(u + i * width + j) - top) * exponent);
+        column += p;
+        moment += p * y[i];
       }
-    }
-    Vec total = {}, by_column = {};
-    for (int64_t j = 0; j < width; j += kLanes) {
-      total += load(columns + j);
-      by_column += load(columns + j) * load(row_.x() + j);
+      column *= load(valid + j);
+      total += column;
+      by_column += column * load(row_.x() + j);
+      by_line += moment * load(valid + j);
     }
     const T inverse = 1 / sum<T>(total);
     const int64_t cells = op_.rows * op_.w, first = (b * op_.scales + index_) * cells;
@@ -83,8 +81,7 @@ class FusionBackward {
     index_ = s;
     row_.begin_scale(s);
     const FusionScale& scale = row_.scale();
-    pull_ = tables_.get();
-    shrunk_ = pull_ + row_.width();
+    shrunk_ = tables_.get();
     down_ = shrunk_ + scale.ht * padded<T>(scale.wt);
     T* across = down_ + scale.ht * op_.h;
     shrink_ = across + op_.w * scale.wt;
@@ -111,21 +108,25 @@ class FusionBackward {
     pack_rows<T>(across, scale.wt, op_.w, scale.wt, shrink_);
   }
 
-  // The output lines whose upper coarse line is `coarse`: adds to its gradients, to those of the next coarse line, and
-  // to grad_x (width of the row) and grad_y (h). Without interpolation of the source side: writes those of `coarse`.
+  // The output lines whose upper coarse line is `coarse`: adds to its gradients, to those of the next coarse line, and,
+  // where they are wanted, to grad_x (width of the row) and grad_y (h). Without interpolation of the source side: writes
+  // those of `coarse`.
+  template <bool kTables>
   void run(int64_t b, int64_t coarse, T* grad_x, T* grad_y) {
     const FusionScale& scale = row_.scale();
     const int64_t size = scale.ht * scale.wt, cell_lines = scale.ht * row_.width();
     const int64_t line = coarse - scale.first_line;
     T* grad = static_cast<T*>(scale.grad) + b * scale.lines * scale.ws * size;
-    for (int64_t i = 0; i < op_.h; ++i) store(line_sums_ + i * kLanes, Vec{});
+    if (kTables) {
+      for (int64_t i = 0; i < op_.h; ++i) store(line_sums_ + i * kLanes, Vec{});
+    }
     if (row_.whole_source()) {
       for (int64_t c = 0; c < op_.w; ++c) {
-        logits(b, coarse, c, grad_x);
-        gather(lines_.get());
-        flush<false>(lines_.get(), grad + (line * op_.w + c) * size);
+        logits<kTables>(b, coarse, c, grad_x);
+        flush<false>(gather(), grad + (line * op_.w + c) * size);
       }
-      return sum_lines(grad_y);
+      if (kTables) sum_lines(grad_y);
+      return;
     }
     const Axis<T> lines(scale.hs, op_.h), columns(scale.ws, op_.w);
     bool any = false;
@@ -136,13 +137,12 @@ class FusionBackward {
       }
       any = true;
       for (int64_t c = 0; c < op_.w; ++c) {
-        logits(b, r, c, grad_x);
-        gather(gathered_);
+        logits<kTables>(b, r, c, grad_x);
         T *left = lines_.get() + columns.low(c) * cell_lines, *right = lines_.get() + columns.high(c) * cell_lines;
-        spread(left, right, scale.ws * cell_lines, columns.weight(c), lines.weight(r));
+        spread(gather(), left, right, scale.ws * cell_lines, columns.weight(c), lines.weight(r));
       }
     }
-    sum_lines(grad_y);
+    if (kTables) sum_lines(grad_y);
     if (!any) return;
     const int64_t below = line + 1 < scale.lines ? line + 1 : line;
     for (int64_t c = 0; c < scale.ws; ++c) {
@@ -176,10 +176,11 @@ class FusionBackward {
                            packed_size<T>(op_.w, scale.wt) + scale.ht * row_.width();
       found = size > found ? size : found;
     }
-    return found + row_.width() + op_.h * kLanes;
+    return found + op_.h * kLanes;
   }
 
-  // Replaces the row's u by the gradient of u.
+  // Leaves the gradient of u in the row's scratch.
+  template <bool kTables>
   void logits(int64_t b, int64_t r, int64_t c, T* grad_x) {
     const int64_t cells = op_.rows * op_.w, first = (b * op_.scales + index_) * cells;
     const int64_t at = (r - op_.first_row) * op_.w + c;
@@ -190,31 +191,30 @@ class FusionBackward {
     const T top = static_cast<const T*>(op_.largest)[first + at];
     const int64_t width = row_.width();
     row_.make(b, r, c);
-    T* u = row_.u();
-    T* pull = pull_;
-    for (int64_t j = 0; j < width; j += kLanes) store(pull + j, (load(row_.x() + j) - mean[0]) * (gx * cold));
-    for (int64_t i = 0; i < op_.h; ++i, u += width) {
-      const T y_pull = (y[i] - mean[cells]) * (gy * cold);
-      Vec line = {};
-      for (int64_t j = 0; j < width; j += kLanes) {
-        const Vec p = exp2_nonpositive<T>((load(u + j) - top) * exponent) * (load(valid + j) * inverse);
-        store(u + j, p * (load(pull + j) + y_pull));
-        store(grad_x + j, load(grad_x + j) + p * gx);
-        line += p;
+    const T* u = row_.u();
+    T* du = row_.scratch();
+    for (int64_t j = 0; j < width; j += kLanes) {
+      const Vec pull = (load(row_.x() + j) - mean[0]) * (gx * cold), scale = load(valid + j) * inverse;
+      Vec column = {};
+      for (int64_t i = 0; i < op_.h; ++i) {
+        const Vec p = exp2_nonpositive<T>((load(u + i * width + j) - top) * exponent) * scale;
+        store(du + i * width + j, p * (pull + (y[i] - mean[cells]) * (gy * cold)));
+        if (kTables) {
+          column += p;
+          store(line_sums_ + i * kLanes, load(line_sums_ + i * kLanes) + p * gy);
+        }
       }
-      store(line_sums_ + i * kLanes, load(line_sums_ + i * kLanes) + line * gy);
+      if (kTables) store(grad_x + j, load(grad_x + j) + column * gx);
     }
   }
 
   // The gradient of u as `ht` lines: the transpose of the blending of lines.
-  void gather(T* to) const {
+  const T* gather() const {
     const FusionScale& scale = row_.scale();
     const int64_t width = row_.width();
-    const T* u = row_.u();
-    if (row_.whole_target()) {
-      for (int64_t x = 0; x < op_.h * width; x += kLanes) store(to + x, load(u + x));
-      return;
-    }
+    const T* u = row_.scratch();
+    if (row_.whole_target()) return u;
+    T* to = gathered_;
     for (int64_t k = 0; k < scale.ht; ++k, to += width) {
       const T* down = down_ + k * op_.h;
       const int64_t from = range_.get()[2 * k], end = range_.get()[2 * k + 1];
@@ -224,12 +224,12 @@ class FusionBackward {
         store(to + j, total);
       }
     }
+    return gathered_;
   }
 
-  // Adds gathered_ to the lines of four coarse source cells, `below` apart in pairs: the transpose of their blending.
-  void spread(T* left, T* right, int64_t below, T to_right, T to_below) const {
+  // Adds lines to those of four coarse source cells, `below` apart in pairs: the transpose of their blending.
+  void spread(const T* from, T* left, T* right, int64_t below, T to_right, T to_below) const {
     const int64_t size = row_.scale().ht * row_.width();
-    const T* from = gathered_;
     for (int64_t x = 0; x < size; x += kLanes) {
       const Vec above = load(from + x) * (1 - to_below), under = load(from + x) * to_below;
       store(left + x, load(left + x) + above * (1 - to_right));
@@ -267,7 +267,7 @@ class FusionBackward {
   FusionRow<In, T> row_;
   Buffer<T> lines_, tables_;
   Buffer<int64_t> range_;
-  T *pull_ = nullptr, *shrunk_ = nullptr, *down_ = nullptr, *shrink_ = nullptr, *gathered_ = nullptr;
+  T *shrunk_ = nullptr, *down_ = nullptr, *shrink_ = nullptr, *gathered_ = nullptr;
   T* line_sums_ = nullptr;
 };
 
@@ -300,7 +300,8 @@ int fuse_backward(const CrossScaleFusionBackward& back) {
   int64_t tasks = 0;
   for (int64_t s = 0; s < op.scales; ++s) tasks += op.batch * op.scale[s].lines;
   const int64_t lanes = Simd<T>::kLanes, width = (op.w + lanes - 1) / lanes * lanes, each = width + op.h;
-  Buffer<T> parts(tasks * each);  // of grad_x and grad_y
+  const bool tables = back.grad_x != nullptr;
+  Buffer<T> parts(tables ? tasks * each : 0);  // of grad_x and grad_y
   if (parts.failed()) return kOutOfMemory;
   int status = kDone;
 #pragma omp parallel num_threads(op.threads)
@@ -319,14 +320,21 @@ int fuse_backward(const CrossScaleFusionBackward& back) {
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < op.batch * per_image; ++task) {
           const int64_t b = task / per_image, line = 2 * (task % per_image) + odd;
+          const int64_t coarse = op.scale[s].first_line + line;
+          if (fusion.failed()) continue;
+          if (!tables) {
+            fusion.template run<false>(b, coarse, nullptr, nullptr);
+            continue;
+          }
           T* part = parts.get() + (before + b * lines + line) * each;
           for (int64_t j = 0; j < each; ++j) part[j] = 0;
-          if (!fusion.failed()) fusion.run(b, op.scale[s].first_line + line, part, part + width);
+          fusion.template run<true>(b, coarse, part, part + width);
         }
       }
       before += op.batch * lines;
     }
   }
+  if (!tables) return status;
   for (int64_t j = 0; j < op.w; ++j) static_cast<T*>(back.grad_x)[j] = 0;
   for (int64_t i = 0; i < op.h; ++i) static_cast<T*>(back.grad_y)[i] = 0;
   for (int64_t task = 0; task < tasks; ++task) {

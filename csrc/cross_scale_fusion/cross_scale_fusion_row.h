@@ -46,20 +46,26 @@ class FusionRow {
  public:
   using Vec = typename Simd<T>::Vec;
   using Bits = typename Simd<T>::Bits;
+  using Index = typename Simd<T>::Index;
   static constexpr int kLanes = Simd<T>::kLanes;
 
   explicit FusionRow(const CrossScaleFusion& op)
       : op_(op),
         width_((op.w + kLanes - 1) / kLanes * kLanes),
-        scratch_(width_ * (most(op, false) + op.h + 4) + most(op, true) + kLanes),
-        taps_(2 * width_) {
+        scratch_(width_ * (most(op, false) + op.h + 4) + op.h + most(op, true) + kLanes),
+        taps_(2 * width_ + 2 * op.h) {
     if (failed()) return;
     u_ = scratch_.get();
     wide_ = u_ + width_ * op.h;
     weights_ = wide_ + width_ * most(op, false);
     valid_ = weights_ + 2 * width_;
     x_ = valid_ + width_;
-    coarse_ = x_ + width_;
+    to_below_ = x_ + width_;
+    coarse_ = to_below_ + op.h;
+    low_ = taps_.get();
+    high_ = low_ + width_;
+    above_ = high_ + width_;
+    below_ = above_ + op.h;
     for (int64_t j = 0; j < width_; ++j) {
       valid_[j] = j < op.w;
       x_[j] = j < op.w ? static_cast<const T*>(op.x)[j] : 0;
@@ -72,25 +78,44 @@ class FusionRow {
     s_ = op_.scale + s;
     whole_source_ = s_->hs == op_.h && s_->ws == op_.w;
     whole_target_ = s_->ht == op_.h && s_->wt == op_.w;
-    const Axis<T> axis(s_->wt, op_.w);
-    int64_t* taps = taps_.get();
+    const Axis<T> columns(s_->wt, op_.w), lines(s_->ht, op_.h);
     narrow_ = true;
     for (int64_t j = 0; j < width_; ++j) {
       const int64_t column = j < op_.w ? j : op_.w - 1;  // what lies beyond the width repeats its last column
-      taps[2 * j] = axis.low(column);
-      taps[2 * j + 1] = axis.high(column);
-      weights_[j] = 1 - axis.weight(column);
-      weights_[width_ + j] = axis.weight(column);
-      narrow_ = narrow_ && taps[2 * j + 1] - taps[2 * (j / kLanes * kLanes)] < kLanes;
+      low_[j] = Index(columns.low(column));
+      high_[j] = Index(columns.high(column));
+      weights_[j] = 1 - columns.weight(column);
+      weights_[width_ + j] = columns.weight(column);
+      narrow_ = narrow_ && high_[j] - low_[j / kLanes * kLanes] < kLanes;
+    }
+    for (int64_t i = 0; i < op_.h; ++i) {
+      above_[i] = Index(lines.low(i));
+      below_[i] = Index(lines.high(i));
+      to_below_[i] = lines.weight(i);
     }
   }
 
-  // Computes u() for output source cell (r, c) of batch element b; the largest of it.
+  // Finds u() of output source cell (r, c) of batch element b; the largest of it.
   T make(int64_t b, int64_t r, int64_t c) {
-    Vec highest = Vec{} - T(__builtin_huge_val());
     const T* coarse = blend_source(b, r, c);
-    if (whole_target_) {
-      const int64_t inner = op_.w / kLanes * kLanes;
+    Vec highest = Vec{} - T(__builtin_huge_val());
+    if (!whole_target_) {
+      stretch(coarse);
+      for (int64_t i = 0; i < op_.h; ++i) {
+        const T *above = wide_ + above_[i] * width_, *below = wide_ + below_[i] * width_;
+        const T weight = to_below_[i];
+        for (int64_t j = 0; j < width_; j += kLanes) {
+          const Vec x = load(above + j) * (1 - weight) + load(below + j) * weight;
+          store(u_ + i * width_ + j, x);
+          highest = greater(x, highest);
+        }
+      }
+      values_ = u_;
+    } else if (op_.w == width_) {
+      for (int64_t j = 0; j < op_.h * width_; j += kLanes) highest = greater(load(coarse + j), highest);
+      values_ = coarse;
+    } else {
+      const int64_t inner = width_ - kLanes;
       for (int64_t i = 0; i < op_.h; ++i, coarse += op_.w) {
         T* u = u_ + i * width_;
         for (int64_t j = 0; j < inner; j += kLanes) {
@@ -98,22 +123,10 @@ class FusionRow {
           store(u + j, x);
           highest = greater(x, highest);
         }
-        if (inner == width_) continue;
         for (int64_t j = inner; j < width_; ++j) u[j] = coarse[j < op_.w ? j : op_.w - 1];
         highest = greater(load(u + inner), highest);
       }
-    } else {
-      stretch(coarse);
-      const Axis<T> axis(s_->ht, op_.h);
-      for (int64_t i = 0; i < op_.h; ++i) {
-        const T *above = wide_ + axis.low(i) * width_, *below = wide_ + axis.high(i) * width_;
-        const T weight = axis.weight(i);
-        for (int64_t j = 0; j < width_; j += kLanes) {
-          const Vec x = load(above + j) * (1 - weight) + load(below + j) * weight;
-          store(u_ + i * width_ + j, x);
-          highest = greater(x, highest);
-        }
-      }
+      values_ = u_;
     }
     T top = highest[0];
     for (int lane = 1; lane < kLanes; ++lane) top = highest[lane] > top ? highest[lane] : top;
@@ -124,7 +137,8 @@ class FusionRow {
   bool whole_source() const { return whole_source_; }
   bool whole_target() const { return whole_target_; }
   int64_t width() const { return width_; }      // w rounded up to whole vectors: the length of a line of u
-  T* u() const { return u_; }                   // (h, width)
+  const T* u() const { return values_; }        // (h, width)
+  T* scratch() const { return u_; }             // (h, width): where u() may lie
   const T* valid() const { return valid_; }     // (width): 1, and 0 beyond w
   const T* x() const { return x_; }             // (width): the table, and 0 beyond w
 
@@ -171,15 +185,14 @@ class FusionRow {
   // wide_: the lines of `coarse` at the output width. Where a vector's taps lie within one vector of the line, which is
   // so for every enlargement by more than a little, they are picked from it; else one by one.
   void stretch(const T* coarse) {
-    const int64_t* taps = taps_.get();
     for (int64_t j = 0; j < width_; j += kLanes) {
-      const int64_t first = taps[2 * j];
       const Vec left = load(weights_ + j), right = load(weights_ + width_ + j);
       Bits low, high;
-      for (int lane = 0; lane < kLanes; ++lane) {
-        low[lane] = taps[2 * (j + lane)] - first;
-        high[lane] = taps[2 * (j + lane) + 1] - first;
-      }
+      std::memcpy(&low, low_ + j, sizeof low);
+      std::memcpy(&high, high_ + j, sizeof high);
+      const Index first = low_[j];
+      low -= first;
+      high -= first;
       for (int64_t i = 0; i < s_->ht; ++i) {
         const T* from = coarse + i * s_->wt + first;
         Vec a, b;
@@ -203,8 +216,11 @@ class FusionRow {
   const FusionScale* s_ = nullptr;
   bool whole_source_ = false, whole_target_ = false, narrow_ = false;
   Buffer<T> scratch_;
-  Buffer<int64_t> taps_;
-  T *u_ = nullptr, *wide_ = nullptr, *weights_ = nullptr, *valid_ = nullptr, *x_ = nullptr, *coarse_ = nullptr;
+  Buffer<Index> taps_;
+  const T* values_ = nullptr;
+  T *u_ = nullptr, *wide_ = nullptr, *weights_ = nullptr, *valid_ = nullptr, *x_ = nullptr, *to_below_ = nullptr;
+  T* coarse_ = nullptr;
+  Index *low_ = nullptr, *high_ = nullptr, *above_ = nullptr, *below_ = nullptr;
 };
 
 }  // namespace LPMFLOW_ISA

@@ -95,11 +95,14 @@ def _backward(
     mapping: Tensor,
     confidence: Tensor,
     largest: Tensor,
+    tables: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The gradients of corrs, x and y; without `tables` those of x and y are not computed, and empty."""
     _check_backward(grad_mapping, corrs, grids, out, x, y, mapping, confidence, largest)
     exact = mapping.dtype
+    grad_x, grad_y = (table.new_zeros(table.shape if tables else 0, dtype=exact) for table in (x, y))
     if mapping.numel() == 0:
-        return [corr.new_zeros(corr.shape) for corr in corrs], x.new_zeros(x.shape), y.new_zeros(y.shape)
+        return [corr.new_zeros(corr.shape) for corr in corrs], grad_x.to(x.dtype), grad_y.to(y.dtype)
     # Summed in full precision whatever the inputs are; where the source side is not interpolated, written once.
     grads = [
         corr.new_empty(corr.shape, dtype=exact)
@@ -108,15 +111,13 @@ def _backward(
         for s, corr in enumerate(corrs)
     ]
     exact_x, exact_y = (table.to(exact).contiguous() for table in (x, y))
-    grad_x, grad_y = exact_x.new_empty(x.shape), exact_y.new_empty(y.shape)
     grad_mapping = grad_mapping.contiguous()
     dense = [dense_rows(corr) for corr in corrs]
     saved = (mapping.contiguous(), confidence.contiguous(), largest.contiguous())
     addresses = [grad.data_ptr() for grad in grads]
     arguments = _arguments(dense, addresses, grids, out, temperature, exact_x, exact_y, saved)
-    status = loaded(OP).cross_scale_fusion_backward(
-        *arguments, grad_mapping.data_ptr(), grad_x.data_ptr(), grad_y.data_ptr()
-    )
+    to_tables = (grad_x.data_ptr(), grad_y.data_ptr()) if tables else (0, 0)
+    status = loaded(OP).cross_scale_fusion_backward(*arguments, grad_mapping.data_ptr(), *to_tables)
     check(OP, status)
     return (
         [grad.to(corr.dtype) for grad, corr in zip(grads, corrs, strict=True)],
@@ -136,9 +137,11 @@ def _grads(
     mapping: Tensor,
     confidence: Tensor,
     largest: Tensor,
+    tables: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     _check_backward(grad_mapping, corrs, grids, out, x, y, mapping, confidence, largest)
-    return [corr.new_empty(corr.shape) for corr in corrs], x.new_empty(x.shape), y.new_empty(y.shape)
+    grad_x, grad_y = (table.new_empty(table.shape if tables else 0) for table in (x, y))
+    return [corr.new_empty(corr.shape) for corr in corrs], grad_x, grad_y
 
 
 def _check(corrs: list[Tensor], grids: list[int], out: list[int], x: Tensor, y: Tensor) -> None:
@@ -221,14 +224,14 @@ def _differentiate(ctx: Any, grad_mapping: Tensor | None, *_: None) -> tuple[Any
     *corrs, x, y, mapping, confidence, largest = ctx.saved_tensors
     if grad_mapping is None:
         return [None] * len(corrs), None, None, None, None, None
-    kept = (ctx.temperature, x, y, mapping, confidence, largest)
+    kept = (ctx.temperature, x, y, mapping, confidence, largest, ctx.tables)
     if grad_mapping.device.type == "cuda":
         backward = torch.ops.lpmflow.cross_scale_fusion_triton_backward
-        grads, grad_x, grad_y = backward(grad_mapping, corrs, ctx.grids, ctx.out[:2], *kept, ctx.tables)
+        grads, grad_x, grad_y = backward(grad_mapping, corrs, ctx.grids, ctx.out[:2], *kept)
     else:
         backward = torch.ops.lpmflow.cross_scale_fusion_native_backward
         grads, grad_x, grad_y = backward(grad_mapping, corrs, ctx.grids, ctx.out, *kept)
-    return grads, None, None, None, grad_x, grad_y
+    return grads, None, None, None, *((grad_x, grad_y) if ctx.tables else (None, None))
 
 
 # out: h, w, then the first coarse line that corrs has, the first output line, and how many of these there are.
@@ -237,7 +240,7 @@ register(
     OP,
     Operator(f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", {"CPU": _forward, "CUDA": _forward_cuda}, _outputs),
     Operator(
-        f"(Tensor grad_mapping, {_ARGUMENTS}, Tensor mapping, Tensor confidence, Tensor largest) "
+        f"(Tensor grad_mapping, {_ARGUMENTS}, Tensor mapping, Tensor confidence, Tensor largest, bool tables) "
         f"-> (Tensor[], Tensor, Tensor)",
         {"CPU": _backward},
         _grads,
