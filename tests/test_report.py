@@ -96,9 +96,39 @@ def test_the_official_split_is_shown_beside_the_papers() -> None:
     assert " ".join(paper.split()[2:]) == figures
     actr = next(line for line in lines if line.startswith("ACTR (paper)"))
     assert actr.split()[2:] == ["-"] * 18 + ["|", "62.1"]
-    assert len([line for line in lines if "(paper)" in line]) == len(SPAIR_TABLE) == 11
+    assert len([line for line in lines if "(paper) " in line]) == len(SPAIR_TABLE) == 11
     assert "Papers," not in "\n".join(lines) and "Not the official" not in report.to_markdown()
     assert max(map(len, lines)) <= 150
+
+
+@pytest.mark.parametrize(
+    ("rule", "other"), [("spair", ", not by spair"), ("geoaware", ", not by geoaware"), ("lpmflow", "")]
+)
+def test_the_papers_rows_say_by_which_protocol_they_are(rule: str, other: str) -> None:
+    report = make([name for name in SPAIR_CATEGORIES for _ in range(2)], official=True, rule=rule)
+    note = f"(paper): PCK@0.1 per image as published, by lpmflow or cats{other}."
+    lines = report.lines()
+    assert lines[next(n for n, line in enumerate(lines) if line.startswith("NC-Net (paper)")) + 1] == note
+    text = report.to_markdown()
+    figures = "71.4 54.8 83.2 50.3 57.0 75.4 68.9 79.3 41.1 78.4 74.1 73.7 58.7 56.9 48.7 54.7 87.5 74.6 65.6"
+    assert f"| LPMFlow (paper) | {' | '.join(figures.split())} |\n| ACTR (paper) | - |" in text
+    assert f"\n\n{note}\n" in text and "(paper)" not in SMALL.to_markdown()
+
+
+def test_both_averages_of_dagger_are_shown() -> None:
+    """Both points of a pair land beside the second, which is right for that alone; a pair of one point is met."""
+    box = np.array([0.0, 0.0, 100.0, 50.0])
+    marked = [np.array([[10.0, 10.0], [60.0, 10.0]]), np.array([[10.0, 10.0]])]
+    pairs = [
+        KeypointPair(str(n), "cat", Path("a"), Path("b"), points, points, box, box) for n, points in enumerate(marked)
+    ]
+    scores = score(protocol("spair"), pairs, [marked[0][[1, 1]] + [0, 10], marked[1]], [(SIZE, SIZE)] * 2)
+    report = dataclasses.replace(SMALL, alphas={"spair": (1.0,)}, rows=keypoint_rows(scores, (1.0,)))
+    header, row = next(
+        (line, below) for line, below in zip(report.lines(), report.lines()[1:], strict=False) if "dagger" in line
+    )
+    assert header.endswith("  dagger, per image  per point") and row.split()[-2:] == ["75.0", "66.7"]
+    assert "| dagger, per image | per point |\n" in report.to_markdown() and "| 75.0 | 66.7 |\n" in report.to_markdown()
 
 
 def test_what_is_the_official_split() -> None:
@@ -173,9 +203,10 @@ def test_files_say_what_was_measured_and_by_what(tmp_path: Path) -> None:
     rows = list(csv.DictReader(files[1].read_text().splitlines()))
     assert len(rows) == len(SMALL.rows) == 12
     assert [float(row["per_image"]) for row in rows] == [row.per_image for row in SMALL.rows]
-    assert {(row["model_hash"], row["protocol"], row["lpmflow"], row["date"]) for row in rows} == {
-        ("0123456789abcdef", "spair", read["versions"]["lpmflow"], SMALL.date)
-    }
+    shared = {name: SMALL.versions[name] for name in ("lpmflow", "python", "torch", "timm", "numpy", "pillow")}
+    shared |= {"model_hash": "0123456789abcdef", "dataset_hash": "fedcba9876543210", "date": SMALL.date}
+    shared |= {"root": "folder", "protocol": "spair", "rule": protocol("spair").rule}
+    assert all(row[name] == value for row in rows for name, value in shared.items())
     text = files[2].read_text()
     for part in ("`0123456789abcdef`", "`fedcba9876543210`", SMALL.date, "| cat | 2 | 75.0 | 75.0 |", "## spair"):
         assert part in text
@@ -188,6 +219,14 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
         check_writable({"json": tmp_path / "a", "csv": tmp_path / "no" / "a"})
     with pytest.raises(IsADirectoryError, match="^json must name a file, got the folder "):
         check_writable({"json": tmp_path})
+
+
+def test_a_file_that_two_arguments_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("a")
+    for other in ("a", "./a", str(tmp_path / "a"), "link"):
+        with pytest.raises(ValueError, match="^json must name another file than predictions, got "):
+            check_writable({"predictions": "a", "json": other, "csv": "b"})
 
 
 def test_a_place_where_no_folder_can_be(tmp_path: Path) -> None:

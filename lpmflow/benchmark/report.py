@@ -103,18 +103,19 @@ class Report:
         names = [one.name for one in fields(Row)]
         shared = {
             "benchmark": self.benchmark,
+            "root": self.root,
             "split": self.split,
             "model": self.model,
             "model_hash": self.model_hash,
             "dataset_hash": self.dataset_hash,
-            "lpmflow": self.versions["lpmflow"],
+            **self.versions,
             "date": self.date,
         }
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([*shared, *names])
+        writer.writerow([*shared, "rule", *names])
         for row in self.rows:
-            values = asdict(row)
-            writer.writerow([*shared.values(), *("" if values[name] is None else values[name] for name in names)])
+            values, rule = asdict(row), self.protocols[row.protocol]["rule"]
+            writer.writerow([*shared.values(), rule, *("" if values[name] is None else values[name] for name in names)])
         return text.getvalue()
 
     def to_markdown(self) -> str:
@@ -144,7 +145,11 @@ def write(
 
 
 def check_writable(paths: Mapping[str, PathLike | None]) -> None:
-    """OSError for a path that no file can be written to, before any work is done; `paths` by the argument's name."""
+    """OSError for a path that no file can be written to, ValueError for one that is named twice, before any work.
+
+    `paths` by the argument's name.
+    """
+    names: dict[Path, str] = {}
     for name, path in paths.items():
         if path is None:
             continue
@@ -155,6 +160,9 @@ def check_writable(paths: Mapping[str, PathLike | None]) -> None:
             raise IsADirectoryError(f"{name} must name a file, got the folder {str(path)!r}")
         if not os.access(final.parent, os.W_OK):
             raise PermissionError(f"{name} must name a file in a folder that can be written to, got {str(path)!r}")
+        first = names.setdefault(final.resolve(), name)
+        if first != name:
+            raise ValueError(f"{name} must name another file than {first}, got {str(path)!r}")
 
 
 def check_folder(name: str, path: PathLike) -> None:

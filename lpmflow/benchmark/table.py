@@ -6,7 +6,7 @@ import textwrap
 
 from lpmflow.benchmark.dense import DENSE, MEASURES
 from lpmflow.benchmark.report import Report
-from lpmflow.evaluation.published import ALPHA, SPAIR_CATEGORIES, SPAIR_TABLE
+from lpmflow.evaluation.published import ALPHA, PAPER_PROTOCOLS, SPAIR_CATEGORIES, SPAIR_TABLE
 
 _OFFICIAL = "the official test split, by names and counts of its pairs"
 _UNITS = (("points", "categories"), ("pixels", "folders"))
@@ -41,13 +41,20 @@ def markdown(report: Report) -> str:
     for name, fields in report.protocols.items():
         said += ["", f"## {name}", "", f"{fields['rule'][0].upper()}{fields['rule'][1:]}."]
         for header, rows in _tables(report, name):
-            said += ["", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-            said += ["| " + " | ".join(row) + " |" for row in rows]
+            said += _piped(header, rows)
+        if _beside_papers(report, name):
+            header = [f"PCK@{ALPHA:g}, per image", *SPAIR_CATEGORIES.values(), "all"]
+            said += [*_piped(header, _paper_rows(list(SPAIR_CATEGORIES))), "", _paper_note(name)]
     if report.official:
         said += ["", f"{_OFFICIAL[0].upper()}{_OFFICIAL[1:]}."]
     if report.benchmark == "spair" and not report.official:
         said += ["", "Not the official test split of SPair-71k, so nothing here compares with papers on it."]
     return "\n".join(said) + "\n"
+
+
+def _piped(header: list[str], rows: list[list[str]]) -> list[str]:
+    lines = (header, ["---"] * len(header), *rows)
+    return ["", *("| " + " | ".join(line) + " |" for line in lines)]
 
 
 def _keypoints(report: Report, protocol: str) -> list[str]:
@@ -110,7 +117,8 @@ def _dense(report: Report, protocol: str) -> tuple[list[str], list[list[str]]]:
 
 
 def _summary(report: Report, protocol: str) -> tuple[list[str], list[list[str]]]:
-    header = ["PCK at alpha", "per image", "95 % interval", "per point", "95 % interval", "dagger, per image"]
+    header = ["PCK at alpha", "per image", "95 % interval", "per point", "95 % interval"]
+    header += ["dagger, per image", "per point"]
     aware = {row.alpha: row for row in report.select(protocol, group="geometry-aware")}
     dagger = {row.alpha: row for row in report.select(protocol, "PCK-dagger")}
     if aware:
@@ -119,7 +127,7 @@ def _summary(report: Report, protocol: str) -> tuple[list[str], list[list[str]]]
     for row in report.select(protocol):
         cells = [f"{row.alpha:g}", _percent(row.per_image), _between(row.per_image_low, row.per_image_high)]
         cells += [_percent(row.per_point), _between(row.per_point_low, row.per_point_high)]
-        cells.append(_percent(dagger[row.alpha].per_image))
+        cells += [_percent(dagger[row.alpha].per_image), _percent(dagger[row.alpha].per_point)]
         if aware:
             cells += [_percent(aware[row.alpha].per_image), _percent(aware[row.alpha].per_point)]
         rows.append(cells)
@@ -141,16 +149,34 @@ def _spair(report: Report, protocol: str) -> list[str]:
     for average, label in (("per_image", "per image"), ("per_point", "per point")):
         figures = [getattr(row, average) for row in (*(found[name] for name in names), everything)]
         rows.append((f"{report.model}, {label}", [_percent(figure) for figure in figures]))
-    if alpha == ALPHA and report.official:
-        for row in SPAIR_TABLE:
-            figures = [*(row.by_category.get(name) for name in names), row.all]
-            rows.append((f"{row.method} (paper)", [_percent(figure) for figure in figures]))
+    beside = _beside_papers(report, protocol)
+    if beside:
+        rows += [(label, cells) for label, *cells in _paper_rows(names)]
     wide = max(len(label) for label, _ in rows)
     cell = 1 + max(len(text) for _, cells in rows for text in cells)
     return [
         f"{label:<{wide}}" + "".join(f"{text:>{cell}}" for text in cells[:-1]) + f" |{cells[-1]:>{cell}}"
         for label, cells in rows
+    ] + ([_paper_note(protocol)] if beside else [])
+
+
+def _beside_papers(report: Report, protocol: str) -> bool:
+    """Whether the papers' rows stand below these: on their pairs, at their alpha."""
+    return report.official and ALPHA in report.alphas.get(protocol, ())
+
+
+def _paper_rows(names: list[str]) -> list[list[str]]:
+    """Of each paper its label, its figures of the categories `names`, and that of all pairs."""
+    return [
+        [f"{row.method} (paper)", *(_percent(row.by_category.get(name)) for name in names), _percent(row.all)]
+        for row in SPAIR_TABLE
     ]
+
+
+def _paper_note(protocol: str) -> str:
+    """By which protocol the papers' rows are, that nobody takes them for this one's."""
+    other = "" if protocol in PAPER_PROTOCOLS else f", not by {protocol}"
+    return f"(paper): PCK@{ALPHA:g} per image as published, by {' or '.join(PAPER_PROTOCOLS)}{other}."
 
 
 def _papers(report: Report) -> list[str]:
@@ -160,7 +186,7 @@ def _papers(report: Report) -> list[str]:
     rows = ", ".join(f"{row.method} {row.all:.1f}" for row in SPAIR_TABLE)
     note = (
         f"Papers, for the official test split of 12,234 pairs, which this is not, PCK@{ALPHA:g} per image by their "
-        f"own protocols (lpmflow or cats): {rows}."
+        f"own protocols ({' or '.join(PAPER_PROTOCOLS)}): {rows}."
     )
     return ["", *textwrap.wrap(note, 118, break_on_hyphens=False)]
 

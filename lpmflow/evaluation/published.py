@@ -1,7 +1,7 @@
 """What papers report on SPair-71k, for comparison; every figure is theirs, none was measured here.
 
 PCK@0.1 in percent on the official test split of 12,234 pairs, mean over pairs, by the protocol of the paper, which for
-these is `lpmflow` or `cats`.
+these is one of `PAPER_PROTOCOLS`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lpmflow.data.pairs import KeypointPair
 
 ALPHA = 0.1
+PAPER_PROTOCOLS = ("lpmflow", "cats")
 _DIFFICULTIES = ("viewpoint", "scale", "truncation", "occlusion")
 
 SPAIR_CATEGORIES = {
