@@ -27,8 +27,9 @@ PathLike = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 def replacing(path: PathLike) -> Iterator[Path]:
     """A temporary path in the folder of `path`, which takes its place when the block ends without an error.
 
-    Whoever reads `path` finds the old file or the complete new one. Raises FileNotFoundError when the folder does not
-    exist and IsADirectoryError when `path` is one; what the block raises passes through, the temporary file removed.
+    Whoever reads `path` finds the old file or the complete new one, also after the power has failed. Raises
+    FileNotFoundError when the folder does not exist and IsADirectoryError when `path` is one; what the block raises
+    passes through, the temporary file removed.
     """
     final = as_path(path)
     if not final.parent.is_dir():
@@ -38,6 +39,8 @@ def replacing(path: PathLike) -> Iterator[Path]:
     temporary = final.parent / f".lpmflow-{secrets.token_hex(8)}.tmp"
     try:
         yield temporary
+        with open(temporary, "r+b") as written:
+            os.fsync(written.fileno())
         os.replace(temporary, final)
     finally:
         temporary.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,3 +102,20 @@ def test_replacing_refuses_folders(tmp_path):
         pass
     with pytest.raises(TypeError, match="path must be a str, bytes or os.PathLike, got int"):
         as_path(3)
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    path, done = tmp_path / "a", []
+
+    def fsync(file):
+        done.append(("fsync", os.fstat(file).st_ino, os.fstat(file).st_size))
+
+    def replace(temporary, final):
+        done.append(("replace", Path(temporary).stat().st_ino, final))
+        os.rename(temporary, final)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    with replacing(path) as temporary:
+        temporary.write_text("written")
+    assert done == [("fsync", path.stat().st_ino, 7), ("replace", path.stat().st_ino, path)]

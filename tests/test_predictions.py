@@ -12,7 +12,7 @@ from made_up_pairs import PER_IMAGE, THREE, keypoints, picture
 
 import lpmflow
 from lpmflow.benchmark import Predictions, World, evaluate, predict
-from lpmflow.benchmark.predictions import Key, askings, fingerprint, way
+from lpmflow.benchmark.predictions import Key, _digest, askings, fingerprint, way
 from lpmflow.data import KeypointPair, load_pairs
 from lpmflow.evaluation import PROTOCOLS, protocol
 
@@ -109,14 +109,71 @@ def test_a_file_of_another_format(tmp_path: Path, shifted: lpmflow.Matcher) -> N
 
     root, file = keypoints(tmp_path / "data", THREE), tmp_path / "kept"
     save_file({"weight": np.zeros(3)}, file)
-    with pytest.raises(ValueError, match="must say format lpmflow-predictions-1, which they do not; delete it or name"):
+    with pytest.raises(ValueError, match="must say format lpmflow-predictions-2, which they do not; delete it or name"):
         evaluate("spair", root, shifted, predictions=file)
     key = {"model": shifted.fingerprint(), "pairs": fingerprint(load_pairs("spair", root, "val"), root)}
-    save_file({"sizes": np.zeros((3, 4), np.int64)[:2]}, file, {"format": "lpmflow-predictions-1", **key})
+    fewer = {"sizes": np.zeros((2, 4), np.int64)}
+    save_file(fewer, file, {"format": "lpmflow-predictions-2", "digest": _digest(fewer), **key})
     with pytest.raises(
         ValueError, match=r"do not fit their pairs: sizes must have shape \(3, 4\), got \(2, 4\); delete"
     ):
         evaluate("spair", root, shifted, predictions=file)
+
+
+def test_a_file_that_says_another_number(tmp_path: Path, shifted: lpmflow.Matcher) -> None:
+    """One bit of one point: the file is as long as it was and says what it is."""
+    root, file = keypoints(tmp_path / "data", THREE), tmp_path / "kept"
+    evaluate("spair", root, shifted, predictions=file)
+    content = bytearray(file.read_bytes())
+    content[-1 - 3] ^= 1  # before the three of `done`, or whatever comes last
+    file.write_bytes(content)
+    with pytest.raises(OSError) as refused:
+        evaluate("spair", root, shifted, predictions=file)
+    wanted = "are damaged: they are not what their digest is of; delete it or name another file"
+    assert str(refused.value) == f"predictions {str(file)!r} {wanted}" and file.read_bytes() == content
+
+
+def test_a_file_that_holds_everything_is_not_written_again(tmp_path: Path, shifted: lpmflow.Matcher) -> None:
+    root, file = keypoints(tmp_path / "data", THREE), tmp_path / "kept"
+    evaluate("spair", root, shifted, predictions=file)
+    before = file.stat()
+    evaluate("spair", root, shifted, protocols=["lpmflow"], predictions=file)
+    after = file.stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_two_runs_may_share_a_file(tmp_path: Path, shifted: lpmflow.Matcher, there: bool) -> None:
+    """While one matches forwards, another does it backwards and is done first; the file has both in the end."""
+    root, file = keypoints(tmp_path / "data", THREE), tmp_path / "kept"
+    if there:
+        evaluate("spair", root, shifted, protocols=["geoaware"], predictions=file)
+
+    def other_run(model: Any, args: Any) -> None:
+        hook.remove()
+        evaluate("spair", root, shifted, protocols=["cats"], predictions=file)
+
+    hook = shifted.model.register_forward_pre_hook(other_run)
+    evaluate("spair", root, shifted, protocols=["spair"], predictions=file)
+    calls: list[Any] = shifted.model.calls  # type: ignore[assignment]
+    before, names = len(calls), ["spair", "cats", *(["geoaware"] if there else [])]
+    found = evaluate("spair", root, shifted, protocols=names, predictions=file)
+    assert len(calls) == before
+    assert found.rows == evaluate("spair", root, shifted, protocols=names).rows
+
+
+def test_a_file_that_another_model_has_written_meanwhile_is_left_alone(
+    tmp_path: Path, make_fake_model: Any, shifted: lpmflow.Matcher
+) -> None:
+    root, file = keypoints(tmp_path / "data", THREE), tmp_path / "kept"
+
+    def other_run(model: Any, args: Any) -> None:
+        evaluate("spair", root, lpmflow.Matcher(make_fake_model((1.0, 1.0)), "cpu"), predictions=file)
+
+    shifted.model.register_forward_pre_hook(other_run)
+    with pytest.raises(ValueError, match="were made with another model or precision"):
+        evaluate("spair", root, shifted, predictions=file)
+    evaluate("spair", root, lpmflow.Matcher(make_fake_model((1.0, 1.0)), "cpu"), predictions=file)
 
 
 def test_every_protocol_finds_its_points() -> None:

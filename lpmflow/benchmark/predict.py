@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from lpmflow.benchmark.predictions import Key, Points, Predictions, askings, fingerprint, points_of
 from lpmflow.benchmark.world import World
@@ -56,13 +60,14 @@ def predict(
         root: the folder that photographs are named from, see `lpmflow.benchmark.predictions.fingerprint`.
         batch_size: pairs the model gets at once. Pairs are batched in their order whatever the number of processes, so
             that results do not depend on it.
-        workers: processes that read photographs ahead; 0: this one reads them.
+        workers: processes that read photographs ahead; 0: this one reads them. They are spawned, so a script that asks
+            for any must do its work below `if __name__ == "__main__":`, or they would do it too.
         file: where predictions are kept between runs, written every half minute and when the work ends or is
-            interrupted. What it holds is not matched again.
+            interrupted. What it holds is not matched again; what another run writes there meanwhile is kept.
         world: the processes that share the work; None: this one alone. Every one gets all predictions.
 
-    Raises ValueError for a `batch_size` below 1 or `workers` below 0, and what `Predictions.load`, reading photographs
-    and matching them raise.
+    Raises ValueError for a `batch_size` below 1 or `workers` below 0, and what `Predictions.load` and `save`, reading
+    photographs and matching them raise.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -76,10 +81,7 @@ def predict(
         _load_everywhere(known, file, here)
     save = _Saver(known, file if here.first else None, about or {})
     for name in ways:
-        try:
-            _match_missing(pairs, matcher, name, known, batch_size, workers, here, save)
-        finally:
-            save()
+        _match_missing(pairs, matcher, name, known, batch_size, workers, here, save)
     return known
 
 
@@ -95,38 +97,93 @@ def _match_missing(
 ) -> None:
     missing = known.missing(name)
     batches = [missing[first : first + batch_size] for first in range(0, len(missing), batch_size)]
-    mine = iter(_loaded(pairs, batches[here.rank :: here.size], workers))
     progress = Progress(name, len(missing), len(pairs), here.first)
-    for _ in range(0, len(batches), here.size):
-        try:
-            samples = next(mine, [])
-            found: Any = [
-                (sample.number, *answer)
-                for sample, answer in zip(samples, _matched(samples, pairs, matcher, name), strict=True)
-            ]
-        except Exception as error:
-            if here.size == 1:
-                raise
-            found = error
-        for answers in here.gather_or_raise(found):
-            for number, sizes, landed in answers:
-                known.put(name, number, sizes, landed)
-            progress.add(len(answers))
-        save.now_and_then()
+    with _loading(pairs, batches[here.rank :: here.size], workers) as mine, save:
+        for _ in range(0, len(batches), here.size):
+            try:
+                samples = _read(next(mine, []))
+                found: Any = [
+                    (sample.number, *answer)
+                    for sample, answer in zip(samples, _matched(samples, pairs, matcher, name), strict=True)
+                ]
+            except Exception as error:
+                if here.size == 1:
+                    raise
+                found = error
+            for answers in here.gather_or_raise(found):
+                for number, sizes, landed in answers:
+                    known.put(name, number, sizes, landed)
+                progress.add(len(answers))
+            save.now_and_then()
     progress.close()
 
 
-def _loaded(pairs: Sequence[KeypointPair], batches: list[list[int]], workers: int) -> Iterator[list[PairSample]]:
-    """The photographs of each batch, decoded, at their own sizes."""
+class _Tried(Dataset[PairSample | OSError | ValueError]):
+    """Samples, or what reading them raised: an exception that leaves a worker becomes a traceback in a string."""
+
+    def __init__(self, pairs: Sequence[KeypointPair]) -> None:
+        self.samples = PairDataset(pairs)
+
+    def __getitem__(self, index: int) -> PairSample | OSError | ValueError:
+        try:
+            return self.samples[index]
+        except (OSError, ValueError) as error:
+            return error
+
+
+def _read(tried: Sequence[PairSample | OSError | ValueError]) -> list[PairSample]:
+    samples = []
+    for sample in tried:
+        if isinstance(sample, Exception):
+            raise sample
+        samples.append(sample)
+    return samples
+
+
+@contextlib.contextmanager
+def _loading(pairs: Sequence[KeypointPair], batches: list[list[int]], workers: int) -> Iterator[Iterator[Any]]:
+    """The photographs of each batch, decoded, at their own sizes, as `_read` takes them."""
     loader: DataLoader[Any] = DataLoader(
-        PairDataset(pairs),
+        _Tried(pairs),
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=list,
         # a process with threads must not fork
         multiprocessing_context="spawn" if workers else None,
+        worker_init_fn=_leave_quickly,
     )
-    return iter(loader)
+    if not workers:
+        yield iter(loader)
+        return
+    with _signals_are_ours():
+        loading: Any = iter(loader)
+    try:
+        yield loading
+    finally:
+        loading._shutdown_workers()  # an error may hold on to it until the end, when SIGTERM is sent and waited for
+
+
+def _leave_quickly(worker: int) -> None:
+    """A worker that is still sending when it ends would abort, its sending thread torn down within torch."""
+    atexit.register(os._exit, 0)
+
+
+@contextlib.contextmanager
+def _signals_are_ours() -> Iterator[None]:
+    """Processes started inside never get Ctrl-C or SIGTERM.
+
+    Terminals and schedulers send both to all processes of a program. This one answers, and the others, which end with
+    it, must be there until it has: that one of them died would be an error, in the midst of saving.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    resource_tracker.ensure_running()  # starting it lets the two signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _matched(
@@ -190,18 +247,24 @@ def _load_everywhere(known: Predictions, file: str | os.PathLike[str], here: Wor
 
 
 class _Saver:
-    """Writes the file when something new is known."""
+    """Writes the file when something new is known: now and then, and when a block of it ends, however it ends."""
 
     def __init__(self, known: Predictions, file: str | os.PathLike[str] | None, about: dict[str, str]) -> None:
         self.known, self.file, self.about = known, file, about
         self.saved = time.monotonic()
 
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        self.save()
+
     def now_and_then(self) -> None:
         if time.monotonic() - self.saved > SAVE_EVERY:
-            self()
+            self.save()
 
-    def __call__(self) -> None:
-        if self.file is not None:
+    def save(self) -> None:
+        if self.file is not None and self.known.unsaved:
             self.known.save(self.file, self.about)
         self.saved = time.monotonic()
 

@@ -1,7 +1,8 @@
 """Predictions: where a model put the marked points of every pair, in original pixels, and the file they are kept in.
 
 Scoring needs nothing else, so a protocol that asks for the same points costs no further matching, and an evaluation
-that was stopped goes on. A file is only used for the model, the pairs and the photographs it was made with.
+that was stopped goes on. A file is only used for the model, the pairs and the photographs it was made with, and while
+its digest is that of what it holds. Runs may share one: a run that saves takes over what others have written since.
 
 In the file (.safetensors), for P pairs: `sizes` (P, 4), height and width of source and target, 0 where not known yet;
 and for each way of matching, such as "squash/forward": `.../done` (P,) uint8, and for each way of asking `.../exact`,
@@ -27,7 +28,7 @@ from lpmflow.evaluation import PROTOCOLS, Protocol
 from lpmflow.evaluation.protocols import FORWARD, Size
 from lpmflow.flowfile import replacing
 
-FORMAT = "lpmflow-predictions-1"
+FORMAT = "lpmflow-predictions-2"
 Points = NDArray[np.float64]
 
 
@@ -92,6 +93,9 @@ class Predictions:
 
     def __init__(self, pairs: Sequence[KeypointPair], key: Key) -> None:
         self.key = key
+        self.unsaved = False
+        """Whether something was put that no file has."""
+        self._seen: tuple[int, ...] | None = None  # the file, as last read or written here
         self.sizes = np.zeros((len(pairs), 4), dtype=np.int64)
         both = [points_of(pair) for pair in pairs]
         self._ends = {
@@ -116,6 +120,7 @@ class Predictions:
             self._points[f"{name}/{asking}"][rows] = points
         self.sizes[number] = (*sizes[0], *sizes[1])
         done[number] = 1
+        self.unsaved = True
 
     def landed(self, rule: Protocol) -> list[Points]:
         """For each pair (N, 2), where the points `rule` asks for were put; every pair must have been matched."""
@@ -130,17 +135,24 @@ class Predictions:
         return (a, b), (c, d)
 
     def save(self, path: str | os.PathLike[str], about: dict[str, str]) -> None:
-        """Write everything, whole or not at all; `about` is text for whoever looks into the file."""
+        """Write everything, whole or not at all; `about` is text for whoever looks into the file.
+
+        What another run has written there since it was last read or written here is taken over first; raises what
+        `load` raises when that cannot be, and leaves the file as it is.
+        """
         from safetensors.numpy import save
 
+        if _state(path) not in (None, self._seen):
+            self.load(path)
         tensors: dict[str, NDArray[Any]] = {"sizes": self.sizes, **self._points}
         tensors.update((f"{name}/done", done) for name, done in self._done.items())
         metadata = {**about, "format": FORMAT, "model": self.key.model, "pairs": self.key.pairs}
         with replacing(path) as temporary:
-            temporary.write_bytes(save(tensors, metadata))
+            temporary.write_bytes(save(tensors, {**metadata, "digest": _digest(tensors)}))
+        self.unsaved, self._seen = False, _state(path)
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Take over what the file holds.
+        """Take over what the file holds and is not known yet.
 
         Raises OSError when it is damaged or no such file, ValueError when it was made by another model, for other pairs
         or photographs, or by another version of this format.
@@ -148,6 +160,7 @@ class Predictions:
         from safetensors import SafetensorError, safe_open
 
         advice = "delete it or name another file"
+        seen = _state(path)
         try:
             with safe_open(path, framework="np") as file:
                 metadata = dict(file.metadata() or {})
@@ -162,11 +175,14 @@ class Predictions:
                 raise ValueError(
                     f"predictions {str(path)!r} were made with {what} ({field} {found}, and this is {wanted}); {advice}"
                 )
+        if metadata.get("digest") != _digest(tensors):
+            raise OSError(f"predictions {str(path)!r} are damaged: they are not what their digest is of; {advice}")
         names = {name.removesuffix("/done") for name in tensors if name.endswith("/done")}
         try:
             self._take(names, tensors)
         except (KeyError, ValueError) as error:
             raise ValueError(f"predictions {str(path)!r} do not fit their pairs: {error}; {advice}") from error
+        self._seen = seen
 
     def _take(self, names: Iterable[str], tensors: dict[str, NDArray[Any]]) -> None:
         if tensors["sizes"].shape != self.sizes.shape:
@@ -175,13 +191,16 @@ class Predictions:
             self._section(name)
             if any(f"{name}/{asking}" not in tensors for asking in askings(name)):
                 continue  # made before a protocol asked for these points: match again
+            new = (tensors[f"{name}/done"] == 1) & (self._done[name] == 0)
+            rows = np.repeat(new, np.diff(self._ends[name.rpartition("/")[2]]))
             for asking in askings(name):
                 held, found = self._points[f"{name}/{asking}"], tensors[f"{name}/{asking}"]
                 if held.shape != found.shape:
                     raise ValueError(f"{name}/{asking} must have shape {held.shape}, got {found.shape}")
-                held[:] = found
-            self._done[name][:] = tensors[f"{name}/done"]
-        self.sizes[:] = tensors["sizes"]
+                held[rows] = found[rows]
+            self._done[name][new] = 1
+        unknown = ~self.sizes.any(axis=1)
+        self.sizes[unknown] = tensors["sizes"][unknown]
 
     def _section(self, name: str) -> NDArray[np.uint8]:
         if name not in self._done:
@@ -194,6 +213,24 @@ class Predictions:
     def _rows(self, name: str, number: int) -> slice:
         ends = self._ends[name.rpartition("/")[2]]
         return slice(int(ends[number]), int(ends[number + 1]))
+
+
+def _digest(tensors: dict[str, NDArray[Any]]) -> str:
+    """SHA-256 of arrays with their names, types and shapes."""
+    digest = hashlib.sha256()
+    for name, array in sorted(tensors.items()):
+        digest.update(f"{name} {array.dtype.str} {array.shape} ".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _state(path: str | os.PathLike[str]) -> tuple[int, ...] | None:
+    """What changes when a file is replaced; None where there is none."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def about(benchmark: str, split: str, model: str) -> dict[str, str]:
