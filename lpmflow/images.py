@@ -64,6 +64,21 @@ def load_image(image: ImageLike, name: str = "image") -> Tensor:
     )
 
 
+def image_size(path: str | bytes | os.PathLike[Any], name: str = "image") -> tuple[int, int]:
+    """(height, width) that `load_image` would give an image file, which is not decoded where its format allows.
+
+    Raises OSError for a file that is missing or no image; `name` is the argument's, for errors.
+    """
+    with _opened(path, name) as image:
+        try:
+            turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        except Exception as error:
+            raise OSError(
+                f"{name} must be a readable image, but the file {str(path)!r} cannot be decoded: {error}"
+            ) from error
+        return (image.width, image.height) if turned else (image.height, image.width)
+
+
 def to_uint8(image: Tensor) -> NDArray[np.uint8]:
     """A float image (3, H, W) in [0, 1] as a numpy array (H, W, 3) uint8, rounded."""
     return np.ascontiguousarray((image * 255).round_().to(torch.uint8).permute(1, 2, 0).numpy())
@@ -85,6 +100,12 @@ def normalize(images: Tensor) -> Tensor:
 
 
 def _from_file(given: str | bytes | os.PathLike[Any], name: str) -> Tensor:
+    with _opened(given, name) as opened:
+        return _from_pil(opened, name, f"file {str(Path(os.fsdecode(given)))!r}")
+
+
+def _opened(given: str | bytes | os.PathLike[Any], name: str) -> Image:
+    """The file as Pillow opens it, its header read."""
     path = _file(given, name)
     from PIL import Image
 
@@ -93,7 +114,7 @@ def _from_file(given: str | bytes | os.PathLike[Any], name: str) -> Tensor:
     with _WARNINGS, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
-            opened = Image.open(path)
+            return Image.open(path)
         except Image.DecompressionBombError as error:
             raise OSError(
                 f"{name} must have at most {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels (twice "
@@ -103,8 +124,6 @@ def _from_file(given: str | bytes | os.PathLike[Any], name: str) -> Tensor:
             if path.stat().st_size == 0:
                 raise OSError(f"{name} must be an image file, but {str(path)!r} is empty") from error
             raise OSError(f"{name} must be an image file, but Pillow cannot identify {str(path)!r}") from error
-    with opened:
-        return _from_pil(opened, name, f"file {str(path)!r}")
 
 
 def _file(given: str | bytes | os.PathLike[Any], name: str) -> Path:

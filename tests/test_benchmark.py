@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -12,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_up_pairs import PER_IMAGE, PER_POINT, THREE, keypoints, outlines
+from made_up_pairs import PER_IMAGE, PER_POINT, THREE, keypoints, outlines, picture
+from PIL import Image
 from safetensors import safe_open
 
 import lpmflow
@@ -97,14 +99,32 @@ def test_points_beyond_the_border_are_moved_onto_it(tmp_path: Path, shifted: lpm
 
 def test_photographs_of_another_size_than_the_annotation_says(tmp_path: Path, shifted: lpmflow.Matcher) -> None:
     root = keypoints(tmp_path, THREE, src_imsize=[96, 96, 3], trg_imsize=[96, 98, 3])
-    with pytest.raises(ValueError, match=r"b0\.png must be 96 x 98, the size it was marked at, got 96 x 96"):
+    with pytest.raises(
+        ValueError, match=r"b0\.png, 000000-a-b:cup: must be 96 x 98, the size it was marked at, got 96 x"
+    ):
         evaluate("spair", root, shifted)
+    assert shifted.model.calls == []
+
+
+def test_a_point_outside_is_refused_before_anything_is_matched(tmp_path: Path, shifted: lpmflow.Matcher) -> None:
+    """In the last pair of a set whose lists do not say sizes, by the photograph and the pair."""
+    for name in ("a", "b"):
+        picture(tmp_path / "car(S)" / f"{name}.jpg")
+    rows = [[*range(20), *range(20)]] * 2 + [[*range(20), *range(19), 106]]
+    lines = [",".join(["car(S)/a.jpg", "car(S)/b.jpg", *map(str, row)]) for row in rows]
+    (tmp_path / "test_pairs.csv").write_text("\n".join([",".join("x" * 42), *lines]))
+    with pytest.raises(ValueError) as refused:
+        evaluate("pf-willow", tmp_path, shifted, batch_size=1)
+    where = (
+        f"{tmp_path / 'car(S)' / 'b.jpg'}, 000003-a-b:car(S): target_points[9] must lie in the photograph of 96 x 96"
+    )
+    assert str(refused.value).startswith(where) and shifted.model.calls == []
 
 
 def test_difficulties_and_symmetric_groups(tmp_path: Path, shifted: lpmflow.Matcher) -> None:
     fields = {"viewpoint_variation": 1, "scale_variation": 2, "truncation": 0, "occlusion": 3, "mirror": 0}
     root = keypoints(tmp_path, THREE[:1], kps_ids=["4", "7", "9", "2"], **fields)
-    report = evaluate("spair", root, shifted, alphas=[0.1], groups={"cup": [[4, 9], [7, 1]]})
+    report = evaluate("spair", root, shifted, alphas=[0.1], groups={"cup": [[4, 9]]})
     assert [(row.group, row.name) for row in report.rows if row.group not in ("all", "category")] == [
         ("geometry-aware", ""), ("viewpoint", "1"), ("scale", "2"), ("truncation", "0"), ("occlusion", "3"),
     ]  # fmt: skip
@@ -121,8 +141,35 @@ def test_outlines_are_scored_as_masks(tmp_path: Path, shifted: lpmflow.Matcher) 
     assert report.select("masks", "IoU", "category")[0].name == "cup" and report.split == "test"
     assert any(line.split() == ["IoU", "66.7"] for line in report.lines())
     assert "| cup | 2 | 97.8 | 66.7 |" in report.to_markdown()
-    with pytest.raises(ValueError, match="protocol must not be given for caltech-101"):
-        evaluate("caltech-101", tmp_path, shifted, protocols=["spair"])
+    assert "filled, even-odd" in report.protocols["masks"]["rule"]
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [("protocol", {"protocols": ["spair"]}), ("alpha", {"alphas": [0.1]}), ("groups", {"groups": {"cup": [[1, 2]]}})],
+)
+def test_outlines_take_no_options_of_keypoints(
+    tmp_path: Path, shifted: lpmflow.Matcher, name: str, given: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match=f"{name} must not be given for caltech-101, whose pairs have outlines and no"):
+        evaluate("caltech-101", outlines(tmp_path), shifted, **given)
+    assert shifted.model.calls == []
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ({"cup": [[4, 9]], "cpu": [[4, 9]]}, "groups must name categories of these pairs, cup, got cpu"),
+        ({"cup": [[4, 9], [7, 77]]}, "groups must hold points that some pair of cup has, 2, 4, 7, 9, 10, got 77"),
+    ],
+)
+def test_groups_that_would_be_ignored(
+    tmp_path: Path, shifted: lpmflow.Matcher, groups: dict[str, Any], message: str
+) -> None:
+    root = keypoints(tmp_path, [(THREE[0][0] + [(1, 1)], THREE[0][1] + [(1, 1)])], kps_ids=["4", "7", "9", "2", "10"])
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        evaluate("spair", root, shifted, groups=groups)
+    assert shifted.model.calls == []
 
 
 def test_an_outline_moved_out_of_the_photograph_is_no_mask(tmp_path: Path, make_fake_model: Any) -> None:
@@ -332,23 +379,52 @@ def test_a_run_that_is_stopped_keeps_its_predictions(
     assert ("matched 2 of 3 pairs" if keep else "matched 3 of 3 pairs") in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_photograph_that_cannot_be_decoded_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str
+) -> None:
+    """Half of a JPEG file, whose header says nothing of that; what was matched before is kept."""
+    root, kept = keypoints(tmp_path / "made-up", THREE), tmp_path / "kept"
+    whole, file = io.BytesIO(), root / "JPEGImages" / "cup" / "b1.png"
+    Image.effect_noise((96, 96), 50).save(whole, "JPEG")
+    file.write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+    argv = ["evaluate", "--benchmark", "spair", "--root", str(root), "--model", "identity", "--batch-size", "1"]
+    assert cli.main([*argv, "--workers", workers, "--predictions", str(kept)]) == 1
+    said = capsys.readouterr().err
+    where = f"000001-a-b:cup: target must be a readable image, but the file {str(file)!r} cannot be decoded: "
+    assert said.startswith(f"lpmflow: error: {where}") and said.count("\n") == 1 and len(said) < len(where) + 120
+    with safe_open(kept, framework="np") as kept_file:
+        assert kept_file.get_tensor("squash/forward/done").tolist() == [1, 0, 0]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-def test_a_process_that_is_terminated(tmp_path: Path) -> None:
-    """As a scheduler does it: the process is killed while it matches, and says one line."""
+@pytest.mark.parametrize(
+    ("workers", "kill"),
+    [
+        ("0", "kill(os.getpid())"),
+        ("2", "kill(-os.getpgid(0))"),
+        ("2", "kill(*(one.pid for one in multiprocessing.active_children())); time.sleep(1); kill(os.getpid())"),
+    ],
+    ids=["alone", "its group", "its workers first"],
+)
+def test_a_process_that_is_terminated(tmp_path: Path, workers: str, kill: str) -> None:
+    """As schedulers do it: the process is killed while it matches, with those it started, and says one line."""
     root, kept = keypoints(tmp_path / "made-up", THREE * 40), tmp_path / "kept"
     program = (
-        "import sys, os, signal\n"
+        "import multiprocessing, os, subprocess, sys, time\n"
         "from lpmflow import identity, cli\n"
+        "def kill(*ids): subprocess.call(['kill', '-TERM', '--', *map(str, ids)], start_new_session=True)\n"
         "batch, done = identity.IdentityMatcher.batch, []\n"
         "def slow(self, pairs, batch_size=8):\n"
         "    done.append(1)\n"
-        "    if len(done) == 3: os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"    if len(done) == 3: {kill}\n"
         "    return batch(self, pairs, batch_size)\n"
         "identity.IdentityMatcher.batch = slow\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     argv = ["evaluate", "--benchmark", "spair", "--root", str(root), "--model", "identity", "--predictions", str(kept)]
-    done = subprocess.run([sys.executable, "-c", program, *argv], capture_output=True, text=True, check=False)
+    start = [sys.executable, "-c", program, *argv, "--workers", workers]
+    done = subprocess.run(start, capture_output=True, text=True, check=False, start_new_session=True)
     wanted = f"lpmflow evaluate: terminated; predictions so far are in {kept}, the same command goes on\n"
     assert (done.returncode, done.stdout, done.stderr) == (143, "", wanted)
     with safe_open(kept, framework="np") as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from lpmflow.identity import IdentityMatcher
 
@@ -21,3 +22,14 @@ def test_identity_scales_points_by_the_size_of_the_photographs() -> None:
 def test_identity_refuses_what_is_no_image() -> None:
     with pytest.raises(FileNotFoundError, match="tgt must be the path of an image file"):
         IdentityMatcher()(np.zeros((4, 4), np.uint8), "absent.png")
+
+
+def test_pixels_are_taken_as_they_are() -> None:
+    """What an evaluation gives is not converted, which would be all the work there is."""
+    image = torch.arange(2 * 3 * 5 * 7, dtype=torch.uint8).view(2, 3, 5, 7)
+    (match,) = IdentityMatcher().batch([(image[0], image[1])])
+    for found, given in ((match.source, image[0]), (match.target, image[1])):
+        assert np.shares_memory(found, given.numpy())
+        np.testing.assert_array_equal(found, given.permute(1, 2, 0).numpy())
+    with pytest.raises(ValueError, match="src must have at least one pixel"):
+        IdentityMatcher()(torch.empty(3, 0, 4, dtype=torch.uint8), image[0])

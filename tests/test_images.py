@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from lpmflow.images import IMAGENET_MEAN, IMAGENET_STD, load_image, normalize, preprocess, to_uint8
+from lpmflow.images import IMAGENET_MEAN, IMAGENET_STD, image_size, load_image, normalize, preprocess, to_uint8
 
 
 def expected(array: np.ndarray) -> torch.Tensor:
@@ -350,3 +350,24 @@ def test_preprocess_antialiases():
     found = preprocess(stripes, (8, 8))
     torch.testing.assert_close(found[:, :, 1:-1], gray[:, :, 1:-1], rtol=0, atol=0.02)
     assert (normalize(F.interpolate(stripes[None], (8, 8)))[0] - gray).abs().min() > 1
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+def test_the_size_of_a_file_is_that_of_the_image(tmp_path, suffix, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a{suffix}"
+    Image.new("RGB", (30, 20)).save(path, exif=exif)
+    assert image_size(path) == tuple(load_image(path).shape[1:]) == ((30, 20) if orientation > 4 else (20, 30))
+
+
+def test_the_size_of_a_jpeg_is_read_from_its_header(tmp_path):
+    path = tmp_path / "a.jpg"
+    Image.effect_noise((30, 20), 50).save(path)
+    path.write_bytes(path.read_bytes()[:-200])
+    assert image_size(path, "source") == (20, 30)
+    with pytest.raises(OSError, match="source must be a readable image, but the file .* cannot be decoded"):
+        load_image(path, "source")
+    with pytest.raises(FileNotFoundError, match="source must be the path of an image file, but there is no file"):
+        image_size(tmp_path / "b.jpg", "source")

@@ -14,6 +14,7 @@ from lpmflow.benchmark.predict import PairMatcher, predict
 from lpmflow.benchmark.predictions import Predictions, about, way
 from lpmflow.benchmark.report import Report, Row, check_folder, folder_name, keypoint_rows, mask_rows
 from lpmflow.benchmark.world import World
+from lpmflow.data.loader import require_photographs
 from lpmflow.data.masks import read_mask
 from lpmflow.data.pairs import KeypointPair, layout, load_pairs
 from lpmflow.evaluation import (
@@ -28,7 +29,7 @@ from lpmflow.evaluation import (
 from lpmflow.evaluation.published import is_spair_test
 
 MASKS = "masks"
-OUTLINES = "outlines transferred from source to target and filled; all pixels of the target count for LT-ACC"
+OUTLINES = "outlines transferred from source to target and filled, even-odd; all pixels of the target count for LT-ACC"
 _FORWARD = "squash/forward"
 
 
@@ -67,6 +68,12 @@ def evaluate(
     chosen = layout(benchmark)
     part = split if split is not None else ("val" if "val" in chosen.splits else chosen.splits[0])
     here = world or World()
+    if benchmark not in DEFAULTS:
+        for name, given in (("protocol", protocols), ("alpha", alphas), ("groups", groups)):
+            if given:
+                raise ValueError(
+                    f"{name} must not be given for {benchmark}, whose pairs have outlines and no keypoints"
+                )
     rules = _rules(benchmark, protocols)
     for alpha in alphas:
         if not 0 < alpha < float("inf"):
@@ -80,7 +87,11 @@ def evaluate(
     pairs = load_pairs(benchmark, root, part)
     for rule in rules:
         _check(rule, pairs)
-    aware = geometry_aware_points(pairs, groups) if groups is not None else None
+    aware = None
+    if groups is not None:
+        aware = geometry_aware_points(pairs, groups)
+        _check_groups(groups, pairs)
+    require_photographs(pairs)
     ways = list(dict.fromkeys(way(rule) for rule in rules)) or [_FORWARD]
     known = predict(
         pairs, matcher, ways, root=root, batch_size=batch_size, workers=workers, file=predictions,
@@ -135,10 +146,22 @@ def masks(pairs: Sequence[KeypointPair], known: Predictions) -> dict[str, NDArra
 
 def _rules(benchmark: str, names: Sequence[str]) -> list[Protocol]:
     if benchmark not in DEFAULTS:
-        if names:
-            raise ValueError(f"protocol must not be given for {benchmark}, whose pairs have outlines and no keypoints")
         return []
     return [protocol(name) for name in dict.fromkeys(names or (DEFAULTS[benchmark],))]
+
+
+def _check_groups(groups: Mapping[str, Sequence[Sequence[Any]]], pairs: Sequence[KeypointPair]) -> None:
+    """ValueError for a category or a point that no pair has: by a slip there, points would be left out in silence."""
+    known: dict[str, set[str]] = {}
+    for pair in pairs:
+        known.setdefault(pair.category, set()).update(str(one) for one in np.asarray(pair.point_ids).tolist())
+    for category, own in groups.items():
+        if category not in known:
+            raise ValueError(f"groups must name categories of these pairs, {', '.join(sorted(known))}, got {category}")
+        absent = [str(one) for group in own for one in group if str(one) not in known[category]]
+        if absent:
+            there = ", ".join(sorted(known[category], key=lambda text: (len(text), text)))
+            raise ValueError(f"groups must hold points that some pair of {category} has, {there}, got {absent[0]}")
 
 
 def _check(rule: Protocol, pairs: Sequence[KeypointPair]) -> None:

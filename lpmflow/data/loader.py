@@ -12,6 +12,7 @@ they are gone after every epoch.
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from lpmflow.data.pairs import KeypointPair, require_inside
 from lpmflow.geometry import Size, pixels_to_cells
-from lpmflow.images import load_image
+from lpmflow.images import image_size, load_image
 from lpmflow.memory import free_memory
 
 
@@ -59,7 +60,8 @@ class PairDataset(Dataset[PairSample]):
 
     Photographs are squashed as `lpmflow.images.preprocess` does it, and rounded to 8 bits; points follow. Decoded
     photographs are kept up to `cache_bytes` in each process (0 keeps none), but at most a quarter of the memory that is
-    free when the first is read, shared among the workers; the ones not used for longest go first.
+    free when the first is read, shared among the workers and the processes that `torchrun` started on this machine; the
+    ones not used for longest go first.
     """
 
     def __init__(
@@ -87,16 +89,9 @@ class PairDataset(Dataset[PairSample]):
 
     def _side(self, pair: KeypointPair, side: str) -> tuple[Tensor, Tensor]:
         path: Path = getattr(pair, side)
-        said: Size | None = getattr(pair, f"{side}_size")
         image, original = self._photograph(path, f"{pair.name}: {side}")
-        if said is not None and said != original:
-            raise ValueError(
-                f"{path} must be {said[1]} x {said[0]}, the size it was marked at, got {original[1]} x {original[0]}"
-            )
-        marked = getattr(pair, f"{side}_points")
-        if said is None:
-            require_inside(f"{pair.name}: {side}_points", marked, original)
-        points = torch.from_numpy(marked)
+        _require_fitting(pair, side, original)
+        points = torch.from_numpy(getattr(pair, f"{side}_points"))
         if pair.flip:
             image = image.flip(2)
             points = points * points.new_tensor([-1, 1]) + points.new_tensor([original[1] - 1, 0])
@@ -122,6 +117,32 @@ class PairDataset(Dataset[PairSample]):
     def __getstate__(self) -> dict[str, object]:
         """Without the photographs: a worker that is spawned reads its own."""
         return {**self.__dict__, "_cache": None}
+
+
+def require_photographs(pairs: Sequence[KeypointPair]) -> None:
+    """Refuse what `PairDataset` would, so far as headers of photographs tell, which are all that is read.
+
+    Raises OSError for a file that is missing or no image, ValueError for one of another size than the pair says, and
+    for points too far outside it; both name the photograph and the pair.
+    """
+    sizes: dict[Path, Size] = {}
+    for pair in pairs:
+        for side in ("source", "target"):
+            path: Path = getattr(pair, side)
+            if path not in sizes:
+                sizes[path] = image_size(path, f"{pair.name}: {side}")
+            _require_fitting(pair, side, sizes[path])
+
+
+def _require_fitting(pair: KeypointPair, side: str, size: Size) -> None:
+    said: Size | None = getattr(pair, f"{side}_size")
+    where = f"{getattr(pair, side)}, {pair.name}"
+    if said is None:
+        require_inside(f"{where}: {side}_points", getattr(pair, f"{side}_points"), size)
+    elif said != size:
+        raise ValueError(
+            f"{where}: must be {said[1]} x {said[0]}, the size it was marked at, got {size[1]} x {size[0]}"
+        )
 
 
 def collate(samples: Sequence[PairSample]) -> PairBatch:
@@ -179,6 +200,7 @@ class _Cache:
 
 
 def _share_of_free_memory() -> int:
-    """A quarter of the memory that is free, divided by the number of workers."""
+    """A quarter of the memory that is free, divided by the number of workers and of `torchrun`'s processes here."""
     worker = get_worker_info()
-    return free_memory() // 4 // (worker.num_workers if worker is not None else 1)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return free_memory() // 4 // processes // (worker.num_workers if worker is not None else 1)
