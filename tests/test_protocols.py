@@ -94,11 +94,10 @@ def test_which_photograph_is_judged() -> None:
         np.testing.assert_array_equal(rule.truth(pair()), pair().target_points if forward else pair().source_points)
 
 
-def test_the_border_and_the_average() -> None:
+def test_which_protocols_differ_from_the_common_rule() -> None:
     assert [rule.name for rule in PROTOCOLS.values() if rule.strict] == ["geoaware"]
     assert [rule.name for rule in PROTOCOLS.values() if rule.truncate] == ["lpmflow", "cats", "cats-512"]
     assert [rule.name for rule in PROTOCOLS.values() if rule.geometry == "pad"] == ["geoaware"]
-    assert {rule.average for rule in PROTOCOLS.values()} == {"image"}
     assert set(DEFAULTS.values()) <= set(PROTOCOLS)
     assert all(0.1 in rule.alphas and list(rule.alphas) == sorted(rule.alphas) for rule in PROTOCOLS.values())
 
@@ -195,7 +194,6 @@ def test_an_unknown_protocol() -> None:
         ({"direction": "there"}, "direction must be one of source to target, target to source, got 'there'"),
         ({"extent": "box"}, "extent must be one of source box, target box, image, points, padded points, got 'box'"),
         ({"geometry": "crop"}, "geometry must be one of squash, pad, got 'crop'"),
-        ({"average": "class"}, "average must be one of image, point, got 'class'"),
         ({"frame": 0}, "frame must be at least 1, got 0"),
         ({"truncate": True}, "truncate needs a frame, whose pixels points are truncated to"),
     ],

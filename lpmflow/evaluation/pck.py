@@ -13,8 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-PROTOCOL = "distance <= alpha x longer side of the target box"
-
 
 @dataclass(frozen=True)
 class PCK:

@@ -61,8 +61,8 @@ class Scores:
     def pck(self, alpha: float, *, dagger: bool = False, points: Bools | None = None) -> PCK:
         """PCK at `alpha`.
 
-        `dagger=True` is PCK-dagger: a point must also be nearest to its own marked point, among all marked points of
-        its pair, so that landing on the neighbouring leg of the chair is wrong however small the chair. `points` (K,)
+        `dagger=True` is PCK-dagger: no other marked point of the pair may be nearer to where a point landed than its
+        own, so that landing on the neighbouring leg of the chair is wrong however small the chair. `points` (K,)
         restricts to a subset; pairs without a point of it do not count. Raises ValueError when the subset is empty or
         of another shape, or alpha is not above 0.
         """
