@@ -119,6 +119,19 @@ def test_refusals_name_the_argument(backbone, weights, tmp_path, fake_model):
             Matcher(fake_model, "cpu", **option)
 
 
+def test_a_size_that_does_not_fit_is_refused_before_matching(backbone, weights, monkeypatch):
+    given = {"backbone": backbone, "backbone_weights": weights}
+    with pytest.raises(ValueError, match="image_size must be a multiple of 16, the cells of test_vit, got .170, 160."):
+        Matcher("zero-shot", "cpu", image_size=(170, 160), **given)
+
+    def of_one_size(self, x, **options):  # as timm's backbones do that have a size of their own, while matching
+        raise AssertionError(f"Input height ({x.shape[2]}) doesn't match model (160).")
+
+    monkeypatch.setattr(timm.models.VisionTransformer, "forward_intermediates", of_one_size)
+    with pytest.raises(ValueError, match=r"one that test_vit can take, got \(192, 160\): Input height \(192\) does"):
+        Matcher("zero-shot", "cpu", image_size=(192, 160), **given)
+
+
 def test_the_command_line(backbone, weights, tmp_path, photo, capsys):
     from PIL import Image
 

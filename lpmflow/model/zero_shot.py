@@ -74,12 +74,10 @@ class ZeroShot(nn.Module):
             raise ValueError(f"image_size must be a positive integer or (height, width), got {image_size!r}")
         reduction = self.net.feature_info[-1]["reduction"]
         cells = max(size[0] // reduction, 1) * max(size[1] // reduction, 1)
-        require_bytes(size, 4 * (12 * size[0] * size[1] + 2 * cells**2))  # photographs twice, similarities twice
-        if hasattr(self.net, "set_input_size"):
-            try:
-                self.net.set_input_size(img_size=size)
-            except (AssertionError, ValueError, RuntimeError) as error:
-                raise ValueError(f"image_size must fit the patches of {backbone}, got {size}: {error}") from error
+        # photographs twice; similarities, those in the window, and which these are
+        require_bytes(size, 48 * size[0] * size[1] + 9 * cells**2)
+        if size != tuple(trained["input_size"][-2:]):
+            _resize(self.net, backbone, size, reduction)
         self.config = ZeroShotConfig(backbone, size, readout)
         self.weights: str | None = f"timm's {backbone}" if weights is None else str(weights)
         mean, std = (torch.tensor(trained[key]).view(3, 1, 1) for key in ("mean", "std"))
@@ -116,9 +114,9 @@ class ZeroShot(nn.Module):
 def _around_the_best(volume: Tensor, grid: tuple[int, int]) -> Tensor:
     """`volume` with -inf outside a window around the best target cell of each source cell."""
     best = volume.argmax(dim=2, keepdim=True)
-    cells = torch.arange(grid[0] * grid[1], device=volume.device)
-    away = [(cells // grid[1] - best // grid[1]).abs(), (cells % grid[1] - best % grid[1]).abs()]
-    outside = (away[0] > max(grid[0] // 8, 1)) | (away[1] > max(grid[1] // 8, 1))
+    rows, columns = (torch.arange(side, device=volume.device) for side in grid)
+    far = (rows - best // grid[1]).abs() > max(grid[0] // 8, 1), (columns - best % grid[1]).abs() > max(grid[1] // 8, 1)
+    outside = (far[0][..., None] | far[1][..., None, :]).flatten(2)
     return volume.masked_fill(outside, float("-inf"))
 
 
@@ -127,6 +125,20 @@ def _cells(best: Tensor, grid: tuple[int, int]) -> Tensor:
     places = torch.stack((best % grid[1], best // grid[1]), dim=1).float()
     last = torch.tensor([grid[1] - 1, grid[0] - 1], device=best.device).clamp(min=1)
     return (2 * places / last[:, None] - 1).unflatten(2, grid)
+
+
+def _resize(net: Any, backbone: str, size: tuple[int, int], reduction: int) -> None:
+    """Prepares `net` for another size than its own, or ValueError: timm finds some that do not fit while matching."""
+    if any(side % reduction for side in size):
+        raise ValueError(f"image_size must be a multiple of {reduction}, the cells of {backbone}, got {size}")
+    try:
+        if hasattr(net, "set_input_size"):
+            net.set_input_size(img_size=size)
+        with torch.inference_mode():
+            net.eval().forward_intermediates(torch.zeros(1, 3, *size), indices=1, intermediates_only=True)
+    except Exception as error:  # whatever a backbone says that has one size only
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"image_size must be one that {backbone} can take, got {size}: {reason}") from error
 
 
 def _create(backbone: str, weights: str | os.PathLike[str] | None) -> Any:
