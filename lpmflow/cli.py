@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -83,7 +84,8 @@ example:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own) and return its exit code; usage errors exit with 2."""
-    args = parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = parser().parse_args(words)
     try:
         code: int = args.run(args) or 0
         sys.stdout.flush()
@@ -94,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        print(f"lpmflow: error: {_told(args, error)}", file=sys.stderr)
+        print(f"lpmflow: error: {_told(args, words, error)}", file=sys.stderr)
         return 1
     return code
 
@@ -106,12 +108,22 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
-def _told(args: argparse.Namespace, error: Exception) -> str:
-    """An error as one line; one that begins with a file begins with the option that names the file."""
-    said = " ".join(str(error).split())
+def _told(args: argparse.Namespace, words: Sequence[str], error: Exception) -> str:
+    """An error as one line, in the words of the command line: `--image-size` and not `image_size`.
+
+    A name that is a word, such as model, is one of an option at the beginning only, where that option was given. An
+    error that begins with a file begins with the option that names the file.
+    """
+    said = re.sub(r"\bmodel='([^']*)'", r"--model \1", " ".join(str(error).split()))
     for name, value in vars(args).items():
+        option = f"--{name.replace('_', '-')}"
+        given = any(word == option or word.startswith(f"{option}=") for word in words)
+        if "_" in name:
+            said = re.sub(rf"(?<![\w/.'-]){name}(?![\w/.'-])", option, said)
+        elif given and re.match(rf"{name} ('[^']*' )?(must|could|is|are|was|were|has|needs)\b", said):
+            said = f"--{said}"
         if isinstance(value, (str, Path)) and str(value) and said.startswith((f"{value} ", f"{value}:")):
-            return f"--{name.replace('_', '-')} {said}"
+            return f"{option} {said}"
     return said
 
 
@@ -266,12 +278,16 @@ def _evaluate_options(command: argparse.ArgumentParser) -> None:
     add("--json", metavar="FILE", help="write every figure as JSON")
     add("--csv", metavar="FILE", help="write every figure as CSV")
     add("--markdown", metavar="FILE", help="write the tables as Markdown")
+    add("--pairs-csv", metavar="FILE", help="write what came out for each pair as CSV, to compare models pair by pair")
+    add("--limit", metavar="N", type=int, help="a first look: only N pairs, evenly spread over the list")
     add("--worst", nargs=2, metavar=("N", "DIR"), help="draw the N worst pairs as pictures in DIR")
     _matcher_options(command)
 
 
 def _matcher_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `lpmflow.Matcher`, those given."""
+    """The arguments of `lpmflow.Matcher`, those given; ValueError for --model zero-shot without its --backbone."""
+    if args.model == "zero-shot" and args.backbone is None:
+        raise ValueError("--model zero-shot needs --backbone NAME, the name of a timm model")
     names = ("model", "device", "dtype", "image_size", "backbone", "backbone_weights", "readout")
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import struct
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,23 +29,45 @@ PathLike = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 def replacing(path: PathLike) -> Iterator[Path]:
     """A temporary path in the folder of `path`, which takes its place when the block ends without an error.
 
-    Whoever reads `path` finds the old file or the complete new one, also after the power has failed. Raises
-    FileNotFoundError when the folder does not exist and IsADirectoryError when `path` is one; what the block raises
-    passes through, the temporary file removed.
+    Whoever reads `path` finds the old file or the complete new one, also after the power has failed. A device or a pipe
+    (`is_stream`) is written to and not replaced. Raises FileNotFoundError when the folder does not exist and
+    IsADirectoryError when `path` is one; what the block raises passes through, the temporary file removed, where an
+    OSError of the temporary file becomes one of `path`.
     """
     final = as_path(path)
     if not final.parent.is_dir():
         raise FileNotFoundError(f"path must name a file in an existing folder, got {str(final)!r}")
     if final.is_dir():
         raise IsADirectoryError(f"path must name a file, got the folder {str(final)!r}")
+    if is_stream(final):
+        with tempfile.TemporaryDirectory() as folder:
+            whole = Path(folder) / "whole"
+            yield whole
+            # appended: /dev/stdout may be a file that holds what was printed
+            with open(whole, "rb") as file, open(final, "ab") as stream:
+                shutil.copyfileobj(file, stream)
+        return
     temporary = final.parent / f".lpmflow-{secrets.token_hex(8)}.tmp"
     try:
         yield temporary
         with open(temporary, "r+b") as written:
             os.fsync(written.fileno())
         os.replace(temporary, final)
+    except OSError as error:
+        # whoever reads the message knows the path that was given, and no other
+        if error.errno is not None and error.filename in (None, temporary, str(temporary)):
+            raise OSError(error.errno, error.strerror, str(final)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_stream(path: PathLike) -> bool:
+    """Whether a path is a device, a pipe or another place that is written to and never replaced."""
+    final = as_path(path).absolute()
+    if str(final.parent) in ("/dev", "/dev/fd") or final.parts[1:2] == ("proc",):
+        return True  # what /dev/stdout leads to may be a file
+    return final.exists() and not final.is_file() and not final.is_dir()
 
 
 def as_path(path: PathLike) -> Path:

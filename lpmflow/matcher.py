@@ -137,6 +137,22 @@ class Matcher:
         """What the model is called in its configuration."""
         return self.model.config.name
 
+    def settings(self) -> dict[str, Any]:
+        """How it computes, as plain values for a report.
+
+        "weights" (a file's name without its folder, or what `LPMFlow.weights` says), "image_size" (height, width) of
+        what the network sees, "dtype", "device" by its type; "backbone" and "readout" of a zero-shot model.
+        """
+        config, weights = self.model.config, str(self.model.weights)
+        zero_shot = {name: getattr(config, name) for name in ("backbone", "readout") if hasattr(config, "readout")}
+        return {
+            "weights": weights if weights.startswith("timm's ") else Path(weights).name,
+            **zero_shot,
+            "image_size": list(getattr(config, "image_size", config.input_size)),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device.type,
+        }
+
     def fingerprint(self) -> str:
         """16 hexadecimal digits of the weights, the configuration and the precision: two matchers that share them
         answer alike, up to rounding that differs from machine to machine."""

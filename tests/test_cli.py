@@ -140,6 +140,33 @@ def test_an_error_is_one_line(
     assert capsys.readouterr() == ("", "lpmflow: error: model must be one of these\n")
 
 
+@pytest.mark.parametrize(
+    ("options", "said", "wanted"),
+    [
+        (["--backbone", "x"], "backbone must be a name, got 'x'", "--backbone must be a name, got 'x'"),
+        (["--backbone=x"], "backbone is for model='zero-shot' only", "--backbone is for --model zero-shot only"),
+        ([], "backbone must be a name", "backbone must be a name"),
+        (
+            ["--model", "m"],
+            "model 'm' has no weights; pass model='w.pth'",
+            "--model 'm' has no weights; pass --model w.pth",
+        ),
+        (["--model", "m"], "model m of /a/image_size.b: image_size=9", "model m of /a/image_size.b: --image-size=9"),
+        ([], "no weights; give a file as backbone_weights", "no weights; give a file as --backbone-weights"),
+        (["--image-size", "9"], "image_size must be 16", "--image-size must be 16"),
+    ],
+)
+def test_an_error_speaks_of_options(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str], said: str, wanted: str
+) -> None:
+    def fail(**given: Any) -> None:
+        raise ValueError(said)
+
+    monkeypatch.setattr("lpmflow.matcher.Matcher", fail)
+    assert cli.main(["match", CAT, RACCOON, "--points", "1,1", *options]) == 1
+    assert capsys.readouterr().err == f"lpmflow: error: {wanted}\n"
+
+
 def test_a_file_that_cannot_be_read_is_said_with_its_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "weights.pth"
     text.write_text("hello")

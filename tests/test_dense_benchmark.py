@@ -91,6 +91,12 @@ def test_a_flow_of_its_own_size(tmp_path: Path) -> None:
     assert found["Fl"] == pytest.approx(100 * (misses > 3).mean())
 
 
+def test_a_limit_is_said(tmp_path: Path, shifted: lpmflow.Matcher) -> None:
+    report = evaluate_dense("hpatches", sequence(tmp_path / "v_wall", **HOMOGRAPHIES), shifted, limit=2)
+    assert [row.name for row in report.select("hpatches", "EPE", "pair")] == ["v_wall 1-2", "v_wall 1-3"]
+    assert (report.pairs, report.of_pairs) == (2, 3) and report.lines()[1].startswith("ONLY 2 OF 3 PAIRS (limit)")
+
+
 class Two(World):
     """The second of two processes, whose first has done its share: it answers with what `first` recorded."""
 
@@ -145,7 +151,7 @@ def test_the_command(
     assert cli.main(["evaluate", "--benchmark", "hpatches", "--root", str(folder), *options]) == 0
     said = capsys.readouterr()
     lines = said.out.splitlines()
-    assert lines[0] == f"hpatches all of v_wall: 3 pairs, {93 * 94 + 93 * 92 + 48 * 94:,} pixels, 1 folders"
+    assert lines[0] == f"hpatches all of v_wall: 3 pairs, {93 * 94 + 93 * 92 + 48 * 94:,} pixels, 1 folder"
     assert "matched 3 of 3 pairs" in said.err
     at = next(index for index, line in enumerate(lines) if line.startswith("pair "))
     assert lines[at + 2].split() == ["v_wall", "1-3", "2.0", "2.0", "0.0", "100.0", "100.0", "0.0", "100.0", "0.0"]
@@ -161,6 +167,7 @@ def test_the_command(
     [
         ("spair", {}, "benchmark must be one of hpatches, dense, got 'spair'"),
         ("dense", {"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ("dense", {"limit": -1}, "limit must be at least 1, got -1"),
     ],
 )
 def test_what_makes_no_sense(tmp_path: Path, name: str, options: dict[str, Any], message: str) -> None:

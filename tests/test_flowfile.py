@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import stat
 import struct
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lpmflow.flowfile import as_path, read_flo, replacing, write_flo
+from lpmflow.flowfile import as_path, is_stream, read_flo, replacing, write_flo
 
 FLOW = np.arange(2 * 3 * 2, dtype=np.float32).reshape(2, 3, 2) - 4.5
 
@@ -119,3 +123,47 @@ def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
     with replacing(path) as temporary:
         temporary.write_text("written")
     assert done == [("fsync", path.stat().st_ino, 7), ("replace", path.stat().st_ino, path)]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="devices and pipes of POSIX")
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    found = []
+    reader = threading.Thread(target=lambda: found.append(pipe.read_text()))
+    reader.start()
+    with replacing(pipe) as temporary:
+        temporary.write_text("all of it")
+    reader.join()
+    assert found == ["all of it"] and is_stream(pipe) and [entry.name for entry in tmp_path.iterdir()] == ["pipe"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="devices and pipes of POSIX")
+def test_a_device_stays_one():
+    with replacing("/dev/null") as temporary:
+        temporary.write_text("gone")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    assert [is_stream(path) for path in ("/dev/null", "/dev/stdout", "/dev/shm/a", __file__, ".")] == [
+        True, True, False, False, False,
+    ]  # fmt: skip
+
+
+def test_standard_output_that_is_a_file_keeps_what_was_printed(tmp_path):
+    program = (
+        "from lpmflow.flowfile import replacing\n"
+        "print('first', flush=True)\n"
+        "with replacing('/dev/stdout') as temporary: temporary.write_text('second')\n"
+    )
+    with open(tmp_path / "out", "w") as out:
+        subprocess.run([sys.executable, "-c", program], stdout=out, check=True)
+    assert (tmp_path / "out").read_text() == "first\nsecond"
+
+
+def test_an_error_of_writing_names_the_path_that_was_given(tmp_path):
+    path = tmp_path / "a"
+    for filename in (None, "temporary"):
+        with pytest.raises(OSError) as failed, replacing(path) as temporary:
+            raise OSError(28, "No space left on device", *([str(temporary)] if filename else []))
+        assert str(failed.value) == f"[Errno 28] No space left on device: {str(path)!r}"
+    with pytest.raises(OSError, match="'another'"), replacing(path):
+        raise OSError(2, "No such file", "another")

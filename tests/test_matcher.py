@@ -299,6 +299,14 @@ def test_the_real_network_batched_is_the_same_as_one_by_one(photo, other_photo):
         np.testing.assert_allclose(found.foreground, expected.foreground, atol=1e-3)
 
 
+def test_settings_are_plain_and_say_no_path(fake_model, make_fake_model, tmp_path):
+    wanted = {"weights": "made up", "image_size": [192, 192], "dtype": "bfloat16", "device": "cpu"}
+    assert Matcher(fake_model, "cpu", "bfloat16").settings() == wanted
+    trained = make_fake_model(weights=str(tmp_path / "mine.safetensors"), image_size=(96, 128))
+    found = Matcher(trained, "cpu").settings()
+    assert (found["weights"], found["image_size"], found["dtype"]) == ("mine.safetensors", [96, 128], "float32")
+
+
 def test_repr(fake_model):
     assert repr(Matcher(fake_model, "cpu", "bfloat16")) == "Matcher(model='fake', device='cpu', dtype='bfloat16')"
 

@@ -112,4 +112,4 @@ def test_the_command(quick, tmp_path, capsys):
     assert cli.main(["profile", "--json", str(tmp_path / "no" / "file.json")]) == 1
     assert "existing folder" in capsys.readouterr().err
     assert cli.main([*arguments, "--batch-size", "0"]) == 1
-    assert "batch_size must be at least 1" in capsys.readouterr().err
+    assert "--batch-size must be at least 1" in capsys.readouterr().err

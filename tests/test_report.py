@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,34 @@ def test_categories_stand_in_the_papers_order() -> None:
     assert header.index("|") == image.index("|") == point.index("|")
 
 
+def test_what_papers_do_not_measure_is_not_followed_by_their_figures() -> None:
+    """`spair` is no protocol of theirs, and nobody takes the identity for a method."""
+    assert "Papers" not in "\n".join(SMALL.lines())
+    nothing = dataclasses.replace(make(["cat"], rule="lpmflow"), model="identity", model_hash="identity")
+    assert "Papers" not in "\n".join(nothing.lines()) and nothing.lines()[1] == "model identity"
+    assert "\n- model: identity\n" in nothing.to_markdown()
+
+
+def test_one_of_a_kind() -> None:
+    one = make(["cat"])
+    assert one.lines()[0] == "spair test of folder: 1 pair, 2 points, 1 category"
+    assert "- data: folder, 1 pair, 2 points, hash" in one.to_markdown()
+    dense = dataclasses.replace(SMALL, benchmark="dense", pairs=1, points=1, categories=1, protocols={}, alphas={})
+    assert dense.lines()[0] == "dense test of folder: 1 pair, 1 pixel, 1 folder"
+
+
+def test_two_names_of_one_rule_are_said_to_be_one() -> None:
+    rules = {name: protocol(name).as_dict() for name in ("spair", "lpmflow", "dift")}
+    rows = [row for name in rules for row in (dataclasses.replace(one, protocol=name) for one in SMALL.rows)]
+    both = dataclasses.replace(SMALL, protocols=rules, alphas=dict.fromkeys(rules, (0.05, 0.1)), rows=rows)
+    said = "(the same rule as spair, so the same figures)"
+    for text in (" ".join("\n".join(both.lines()).split()), both.to_markdown()):
+        assert text.count("the same rule as") == 1 and f"{protocol('dift').rule[7:]} {said}" in text
+
+
 def test_a_subset_is_not_shown_beside_the_papers() -> None:
-    text = "\n".join(SMALL.lines())
+    subset = make(["tvmonitor", "cat", "cat"], rule="lpmflow")
+    text = "\n".join(subset.lines())
     assert "(paper)" not in text
     note = " ".join(text[text.index("Papers,") :].split())
     assert note.startswith(
@@ -82,7 +109,7 @@ def test_a_subset_is_not_shown_beside_the_papers() -> None:
         "protocols (lpmflow or cats):"
     )
     assert note.endswith("NC-Net 20.1.") and "LPMFlow 65.6, ACTR 62.1" in note
-    assert "Not the official test split of SPair-71k" in SMALL.to_markdown()
+    assert "Not the official test split of SPair-71k" in subset.to_markdown()
 
 
 def test_the_official_split_is_shown_beside_the_papers() -> None:
@@ -213,12 +240,74 @@ def test_files_say_what_was_measured_and_by_what(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == sorted(files)
 
 
-def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+RUN = {
+    "weights": "mine.safetensors",
+    "image_size": [192, 256],
+    "dtype": "bfloat16",
+    "device": "cuda",
+    "batch_size": 4,
+    "groups": "groups.json",
+    "options": {"benchmark": "spair", "root": "two words", "protocol": ["spair", "cats"], "image_size": 192},
+}
+
+
+def test_a_report_says_how_the_model_was_run() -> None:
+    report = dataclasses.replace(SMALL, settings=RUN)
+    said = "weights mine.safetensors, 192 x 256 pixels, bfloat16 on cuda, batches of 4, groups groups.json"
+    assert report.lines()[1] == f"model mine, 0123456789abcdef, {said}"
+    text = report.to_markdown()
+    command = "lpmflow evaluate --benchmark spair --root 'two words' --protocol spair cats --image-size 192"
+    assert f"\n- run: {said}\n- command: `{command}`\n" in text
+    assert json.loads(report.to_json())["settings"] == RUN
+    row = next(csv.DictReader(report.to_csv().splitlines()))
+    columns = ("weights", "backbone", "readout", "image_size", "dtype", "device", "batch_size", "groups")
+    assert [row[name] for name in columns] == [
+        "mine.safetensors", "", "", "192x256", "bfloat16", "cuda", "4", "groups.json",
+    ]  # fmt: skip
+    zero = dataclasses.replace(SMALL, settings={"weights": "timm's vit", "backbone": "vit", "readout": "nearest"})
+    assert zero.lines()[1].endswith(", weights timm's vit, backbone vit, readout nearest")
+    assert "- run" not in SMALL.to_markdown() and "- command" not in SMALL.to_markdown()
+
+
+def test_a_file_that_cannot_be_written_is_named_after_all_have_been_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_text = Path.write_text
+
+    def full(path: Path, text: str, **options: Any) -> int:
+        if text.startswith("{"):
+            raise OSError(28, "No space left on device")
+        return write_text(path, text, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=r"^a\.json could not be written: No space left on device$"):
+        write(SMALL, "a.json", "a.csv", "a.md")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "a.md"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="devices of POSIX")
+def test_devices_may_be_written_to() -> None:
+    check_writable({"json": "/dev/null"})
+    with pytest.raises(FileNotFoundError, match="^json must name a file that can be written, got '/dev/absent': No su"):
+        check_writable({"json": "/dev/absent"})
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_writable({"json": None, "csv": tmp_path / "a"})
     with pytest.raises(FileNotFoundError, match="^csv must name a file in an existing folder, got "):
         check_writable({"json": tmp_path / "a", "csv": tmp_path / "no" / "a"})
     with pytest.raises(IsADirectoryError, match="^json must name a file, got the folder "):
         check_writable({"json": tmp_path})
+    with pytest.raises(OSError, match="^json must name a file that can be written, got 'a+': File name too long"):
+        check_writable({"json": "a" * 300})
+
+    def refuse(dir: Path) -> None:
+        raise OSError(30, "Read-only file system", str(dir))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(OSError, match="^json must name a file that can be written, got '.*a': Read-only file system$"):
+        check_writable({"json": tmp_path / "a"})
 
 
 def test_a_file_that_two_arguments_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,12 @@ def test_the_same_as_pck_of_the_errors(scores: Scores) -> None:
         assert scores.pck(alpha) == pck(errors, alpha)
 
 
+def test_mean_errors_leave_out_what_has_no_answer(scores: Scores) -> None:
+    assert scores.mean_errors() == pytest.approx([(10 + 11) / 200, (3 + 12 + 13) / 300, 6 / 200])
+    none = score(protocol("spair"), [pair(1, "cat", [(10, 10)])], [[(np.nan, 10)]], [(SIZE, SIZE)])
+    assert np.isnan(none.mean_errors()).all()
+
+
 def test_the_border_is_outside_where_the_protocol_is_strict() -> None:
     """10 of 100 pixels, and R a power of two besides, where nothing is rounded."""
     for name, right in (("spair", 100), ("geoaware", 0)):

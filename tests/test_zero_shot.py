@@ -79,6 +79,10 @@ def test_a_convolutional_backbone(tmp_path, photo):
     torch.save(timm.create_model("test_resnet", num_classes=0).state_dict(), path)
     matcher = Matcher("zero-shot", "cpu", backbone="test_resnet", backbone_weights=path, image_size=96)
     assert np.abs(matcher(photo, photo).grid_flow).max() <= 1
+    assert matcher.settings() == {
+        "weights": "resnet.pth", "backbone": "test_resnet", "readout": "window", "image_size": [96, 96],
+        "dtype": "float32", "device": "cpu",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("error", [ConnectionError("no network"), RuntimeError("no network\nand more")])

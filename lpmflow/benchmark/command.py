@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import signal
 import sys
 import threading
@@ -15,11 +16,13 @@ from lpmflow.benchmark.dense import DENSE, evaluate_dense
 from lpmflow.benchmark.evaluate import evaluate
 from lpmflow.benchmark.predict import PairMatcher
 from lpmflow.benchmark.report import Report, check_folder, check_writable, write
+from lpmflow.benchmark.settings import options_of
 from lpmflow.benchmark.world import World, local_device, world
 from lpmflow.data.files import read_json
+from lpmflow.flowfile import is_stream
 
-_ONLY_PAIRS = ("split", "protocol", "alpha", "predictions", "groups", "worst", "workers")
-_FILES = ("predictions", "json", "csv", "markdown")
+_ONLY_PAIRS = ("split", "protocol", "alpha", "predictions", "groups", "worst", "workers", "pairs_csv")
+_WRITTEN = ("json", "csv", "markdown", "pairs_csv")
 
 
 def run(args: argparse.Namespace, options: dict[str, Any]) -> int:
@@ -30,16 +33,20 @@ def run(args: argparse.Namespace, options: dict[str, Any]) -> int:
     """
     if args.batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {args.batch_size}")
-    check_writable({f"--{name}": getattr(args, name) for name in _FILES})
+    check_writable({_option(name): getattr(args, name) for name in ("predictions", *_WRITTEN)})
+    if args.predictions is not None and is_stream(args.predictions):
+        raise ValueError(f"--predictions must name a file that can be read again, got {args.predictions!r}")
     if args.benchmark in DENSE:
         for name in _ONLY_PAIRS:
             if getattr(args, name):
                 raise ValueError(
-                    f"--{name} must not be given for {args.benchmark}, which has dense truth and no keypoints"
+                    f"{_option(name)} must not be given for {args.benchmark}, which has dense truth and no keypoints"
                 )
         with world() as here:
             matcher = make_matcher(options)
-            report = evaluate_dense(args.benchmark, args.root, matcher, batch_size=args.batch_size, world=here)
+            report = evaluate_dense(
+                args.benchmark, args.root, matcher, batch_size=args.batch_size, limit=args.limit, world=here
+            )
             _finish(report, args, here)
         return 0
     count, folder = (_count(args.worst[0]), args.worst[1]) if args.worst else (0, None)
@@ -49,7 +56,7 @@ def run(args: argparse.Namespace, options: dict[str, Any]) -> int:
     with world() as here:
         try:
             with _terminable():
-                report = evaluate(
+                evaluate(
                     args.benchmark,
                     args.root,
                     make_matcher(options),
@@ -59,21 +66,30 @@ def run(args: argparse.Namespace, options: dict[str, Any]) -> int:
                     batch_size=args.batch_size,
                     workers=args.workers,
                     predictions=args.predictions,
+                    limit=args.limit,
                     groups=groups,
                     worst=count,
                     worst_folder=folder,
                     world=here,
+                    ready=lambda report: _finish(report, args, here),
                 )
         except KeyboardInterrupt as stop:
             return _stopped(stop, args.predictions, here)
-        _finish(report, args, here)
     return 0
 
 
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _finish(report: Report, args: argparse.Namespace, here: World) -> None:
-    if here.first:
-        write(report, args.json, args.csv, args.markdown)
-        print("\n".join(report.lines()))
+    if not here.first:
+        return
+    groups = {"groups": Path(args.groups).name} if args.groups else {}
+    report = dataclasses.replace(report, settings={**report.settings, **groups, "options": options_of(args)})
+    # first what cannot fail for want of room; flushed, since a file may be the same terminal or pipe
+    print("\n".join(report.lines()), flush=True)
+    write(report, **{name: getattr(args, name) for name in _WRITTEN})
 
 
 def make_matcher(options: dict[str, Any]) -> PairMatcher:
@@ -81,9 +97,7 @@ def make_matcher(options: dict[str, Any]) -> PairMatcher:
     if options.get("model") == "identity":
         for name in options:
             if name != "model":
-                raise ValueError(
-                    f"--{name.replace('_', '-')} must not be given for --model identity, which has no network"
-                )
+                raise ValueError(f"{_option(name)} must not be given for --model identity, which has no network")
         from lpmflow.identity import IdentityMatcher
 
         return IdentityMatcher()

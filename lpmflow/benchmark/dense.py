@@ -15,8 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from lpmflow.benchmark.predict import PairMatcher, Progress
+from lpmflow.benchmark.by_pair import check_limit, spread
+from lpmflow.benchmark.predict import PairMatcher
+from lpmflow.benchmark.progress import Progress
 from lpmflow.benchmark.report import Report, Row, folder_name
+from lpmflow.benchmark.settings import settings_of
 from lpmflow.benchmark.world import World
 from lpmflow.data.flows import FlowPair, load_flows
 from lpmflow.data.homographies import HomographyPair, load_homographies
@@ -49,19 +52,22 @@ def evaluate_dense(
     matcher: PairMatcher,
     *,
     batch_size: int = 8,
+    limit: int | None = None,
     world: World | None = None,
 ) -> Report:
     """Match the pairs of a folder and measure where every pixel of the source lands; `benchmark` is one of `DENSE`.
 
-    Several processes (`world`) share the pairs; every one gets the report. Raises ValueError for another benchmark or a
-    `batch_size` below 1, and what reading the pairs, matching them and `HomographyPair.truth` or `FlowPair.truth`
-    raise.
+    `limit`: measure so many pairs only, evenly spread over the list; the report says so. Several processes (`world`)
+    share the pairs; every one gets the report. Raises ValueError for another benchmark or a `batch_size` or `limit`
+    below 1, and what reading the pairs, matching them and `HomographyPair.truth` or `FlowPair.truth` raise.
     """
     if benchmark not in DENSE:
         raise ValueError(f"benchmark must be one of {', '.join(DENSE)}, got {benchmark!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    pairs: Sequence[DensePair] = (load_homographies if benchmark == "hpatches" else load_flows)(root)
+    check_limit(limit)
+    everything: Sequence[DensePair] = (load_homographies if benchmark == "hpatches" else load_flows)(root)
+    pairs = [everything[number] for number in spread(len(everything), limit)]
     here = world or World()
     found = _measured(pairs, matcher, batch_size, here)
     counts = np.array([pixels for pixels, _ in found])
@@ -91,6 +97,8 @@ def evaluate_dense(
         protocols={benchmark: {"name": benchmark, "rule": RULE}},
         alphas={},
         rows=rows,
+        of_pairs=len(everything) if len(pairs) < len(everything) else None,
+        settings=settings_of(matcher, batch_size),
     )
 
 

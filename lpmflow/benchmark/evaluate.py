@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lpmflow.benchmark.by_pair import check_limit, figures_of, pair_rows, spread
 from lpmflow.benchmark.pictures import draw_worst
 from lpmflow.benchmark.predict import PairMatcher, predict
 from lpmflow.benchmark.predictions import Predictions, about, way
 from lpmflow.benchmark.report import Report, Row, check_folder, folder_name, keypoint_rows, mask_rows
+from lpmflow.benchmark.settings import settings_of
 from lpmflow.benchmark.world import World
 from lpmflow.data.loader import require_photographs
 from lpmflow.data.masks import read_mask
@@ -47,7 +49,9 @@ def evaluate(
     groups: Mapping[str, Sequence[Sequence[Any]]] | None = None,
     worst: int = 0,
     worst_folder: str | os.PathLike[str] | None = None,
+    limit: int | None = None,
     world: World | None = None,
+    ready: Callable[[Report], None] | None = None,
 ) -> Report:
     """Match the pairs of a data set and score them.
 
@@ -60,7 +64,12 @@ def evaluate(
         alphas: none: each protocol's own.
         batch_size, workers, predictions, world: see `predict`.
         groups: category -> symmetric groups of points, for the geometry-aware subset.
+        limit: evaluate so many pairs only, evenly spread over the list (`lpmflow.benchmark.by_pair.spread`); the report
+            says so, and its `dataset_hash` and the predictions' file are those of all pairs, so that a run without a
+            limit goes on from there.
         worst, worst_folder: draw so many of the worst pairs there, under the first protocol.
+        ready: is given the report before a picture is drawn and before an error of writing the predictions is raised,
+            so that no figure is lost by either.
 
     Raises ValueError for a name or a number that makes no sense, and what reading the data, `predict` and `score`
     raise; whatever can be refused is refused before anything is matched.
@@ -78,39 +87,48 @@ def evaluate(
     for alpha in alphas:
         if not 0 < alpha < float("inf"):
             raise ValueError(f"alpha must be a number above 0, got {alpha}")
+    check_limit(limit)
     if worst < 0:
         raise ValueError(f"worst must be at least 0, got {worst}")
     if worst and (worst_folder is None or not rules):
         raise ValueError("worst needs a folder to draw into, and pairs with keypoints")
     if worst_folder is not None:
         check_folder("worst_folder", worst_folder)
-    pairs = load_pairs(benchmark, root, part)
+    everything = load_pairs(benchmark, root, part)
     for rule in rules:
-        _check(rule, pairs)
+        _check(rule, everything)
+    numbers = spread(len(everything), limit)
+    pairs = [everything[number] for number in numbers]
     aware = None
     if groups is not None:
-        aware = geometry_aware_points(pairs, groups)
-        _check_groups(groups, pairs)
-    require_photographs(pairs)
+        owners = np.repeat(np.arange(len(everything)), [len(pair.source_points) for pair in everything])
+        aware = geometry_aware_points(everything, groups)[np.isin(owners, numbers)]
+        _check_groups(groups, everything)
+        if not aware.any():
+            raise ValueError(f"limit must take in a pair with geometry-aware points for groups, got {limit}")
+    require_photographs(everything)
     ways = list(dict.fromkeys(way(rule) for rule in rules)) or [_FORWARD]
     known = predict(
-        pairs, matcher, ways, root=root, batch_size=batch_size, workers=workers, file=predictions,
-        about=about(benchmark, part, matcher.name), world=here,
+        everything, matcher, ways, root=root, batch_size=batch_size, workers=workers, file=predictions,
+        about=about(benchmark, part, matcher.name), world=here, only=numbers,
     )  # fmt: skip
-    sizes = [known.size(number) for number in range(len(pairs))]
+    sizes = [known.size(number) for number in numbers]
     rows: list[Row] = []
+    figures: dict[str, NDArray[np.float64]] = {}
     used: dict[str, tuple[float, ...]] = {}
     for number, rule in enumerate(rules):
-        landed = known.landed(rule)
+        landed = known.landed(rule, numbers)
         scores = score(rule, pairs, landed, sizes)
         used[rule.name] = tuple(sorted(set(alphas or rule.alphas)))
         rows += keypoint_rows(scores, used[rule.name], aware)
-        if worst and worst_folder is not None and number == 0 and here.first:
-            draw_worst(scores, pairs, landed, worst, worst_folder)
+        figures |= figures_of(scores, used[rule.name])
+        if number == 0:
+            first = scores, landed
     if not rules:
-        rows += mask_rows([pair.category for pair in pairs], masks(pairs, known))
+        figures = masks(pairs, known, numbers)
+        rows += mask_rows([pair.category for pair in pairs], figures)
     categories = [pair.category for pair in pairs]
-    return Report(
+    report = Report(
         benchmark=benchmark,
         root=folder_name(root),
         split=part,
@@ -124,14 +142,27 @@ def evaluate(
         protocols={rule.name: rule.as_dict() for rule in rules} or {MASKS: {"name": MASKS, "rule": OUTLINES}},
         alphas=used,
         rows=rows,
+        of_pairs=len(everything) if len(pairs) < len(everything) else None,
+        by_pair=pair_rows(everything, numbers, root, figures),
+        settings=settings_of(matcher, batch_size),
     )
+    if ready is not None:
+        ready(report)
+    if worst and worst_folder is not None and here.first:
+        draw_worst(first[0], pairs, first[1], worst, worst_folder)
+    if known.unwritten is not None:
+        raise known.unwritten
+    return report
 
 
-def masks(pairs: Sequence[KeypointPair], known: Predictions) -> dict[str, NDArray[np.float64]]:
-    """LT-ACC and IoU of each pair, percent: the source's outline, transferred and filled, against the target's mask."""
+def masks(pairs: Sequence[KeypointPair], known: Predictions, numbers: Sequence[int]) -> dict[str, NDArray[np.float64]]:
+    """LT-ACC and IoU of each pair, percent: the source's outline, transferred and filled, against the target's mask.
+
+    `numbers` are those of `pairs` in `known`.
+    """
     exact = protocol("spair")  # asks for every vertex as it is
     found: dict[str, list[float]] = {"LT-ACC": [], "IoU": []}
-    for number, (pair, outline) in enumerate(zip(pairs, known.landed(exact), strict=True)):
+    for number, pair, outline in zip(numbers, pairs, known.landed(exact, numbers), strict=True):
         size = known.size(number)[1]
         assert pair.target_mask is not None
         true = read_mask(pair.target_mask, size)

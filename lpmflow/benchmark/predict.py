@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lpmflow.benchmark.predictions import Key, Points, Predictions, askings, fingerprint, points_of
+from lpmflow.benchmark.progress import Progress
 from lpmflow.benchmark.world import World
 from lpmflow.data.loader import PairDataset, PairSample
 from lpmflow.data.pairs import KeypointPair
@@ -53,6 +54,7 @@ def predict(
     file: str | os.PathLike[str] | None = None,
     about: dict[str, str] | None = None,
     world: World | None = None,
+    only: Sequence[int] | None = None,
 ) -> Predictions:
     """Where `matcher` puts the points of `pairs`, matched in each of `ways`, such as "squash/forward".
 
@@ -65,9 +67,11 @@ def predict(
         file: where predictions are kept between runs, written every half minute and when the work ends or is
             interrupted. What it holds is not matched again; what another run writes there meanwhile is kept.
         world: the processes that share the work; None: this one alone. Every one gets all predictions.
+        only: numbers of the pairs to match, None all. A file serves both: what one run matched no other matches again.
 
-    Raises ValueError for a `batch_size` below 1 or `workers` below 0, and what `Predictions.load` and `save`, reading
-    photographs and matching them raise.
+    When the file cannot be written that is said on stderr and stands in `Predictions.unwritten`; it stops nothing.
+    Raises ValueError for a `batch_size` below 1 or `workers` below 0, and what `Predictions.load`, reading photographs
+    and matching them raise.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -81,7 +85,7 @@ def predict(
         _load_everywhere(known, file, here)
     save = _Saver(known, file if here.first else None, about or {})
     for name in ways:
-        _match_missing(pairs, matcher, name, known, batch_size, workers, here, save)
+        _match_missing(pairs, matcher, name, known, only, batch_size, workers, here, save)
     return known
 
 
@@ -90,14 +94,16 @@ def _match_missing(
     matcher: PairMatcher,
     name: str,
     known: Predictions,
+    only: Sequence[int] | None,
     batch_size: int,
     workers: int,
     here: World,
     save: _Saver,
 ) -> None:
-    missing = known.missing(name)
+    wanted = set(range(len(pairs)) if only is None else only)
+    missing = [number for number in known.missing(name) if number in wanted]
     batches = [missing[first : first + batch_size] for first in range(0, len(missing), batch_size)]
-    progress = Progress(name, len(missing), len(pairs), here.first)
+    progress = Progress(name, len(missing), len(wanted), here.first)
     with _loading(pairs, batches[here.rank :: here.size], workers) as mine, save:
         for _ in range(0, len(batches), here.size):
             try:
@@ -256,40 +262,27 @@ class _Saver:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, *error: object) -> None:
-        self.save()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        (self.or_say_why_not if kind is None else self.save)()
 
     def now_and_then(self) -> None:
         if time.monotonic() - self.saved > SAVE_EVERY:
+            self.or_say_why_not()
+
+    def or_say_why_not(self) -> None:
+        """A full disk, or a file that is another's by now, is said once and stops nothing: figures need no file."""
+        before, self.known.unwritten = self.known.unwritten, None
+        try:
             self.save()
+        except (OSError, ValueError) as error:
+            if reason := getattr(error, "strerror", None):  # else it names the file itself
+                error = OSError(f"predictions {str(self.file)!r} could not be written: {reason}")
+            self.known.unwritten = error
+            self.saved = time.monotonic()
+            if before is None:
+                print(f"{self.known.unwritten}; matching goes on", file=sys.stderr, flush=True)
 
     def save(self) -> None:
         if self.file is not None and self.known.unsaved:
             self.known.save(self.file, self.about)
         self.saved = time.monotonic()
-
-
-class Progress:
-    """A bar on a terminal, else one line when it is done; nothing when there was nothing to do."""
-
-    def __init__(self, name: str, missing: int, total: int, shown: bool) -> None:
-        from tqdm import tqdm
-
-        self.name, self.total, self.missing = name, total, missing
-        self.shown = shown and missing > 0
-        self.start = time.monotonic()
-        bar = self.shown and sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=total - missing, desc=f"matching {name}", unit="pair", disable=not bar)
-
-    def add(self, pairs: int) -> None:
-        self.bar.update(pairs)
-
-    def close(self) -> None:
-        self.bar.close()
-        if self.shown and self.bar.disable:
-            seconds = time.monotonic() - self.start
-            print(
-                f"matched {self.missing} of {self.total} pairs, {self.name}, in {seconds:.0f} s "
-                f"({self.missing / max(seconds, 1e-3):.1f} a second)",
-                file=sys.stderr,
-            )

@@ -96,6 +96,8 @@ class Predictions:
         self.unsaved = False
         """Whether something was put that no file has."""
         self._seen: tuple[int, ...] | None = None  # the file, as last read or written here
+        self.unwritten: OSError | ValueError | None = None
+        """Why `predict` could not write the file the last time it tried."""
         self.sizes = np.zeros((len(pairs), 4), dtype=np.int64)
         both = [points_of(pair) for pair in pairs]
         self._ends = {
@@ -122,12 +124,16 @@ class Predictions:
         done[number] = 1
         self.unsaved = True
 
-    def landed(self, rule: Protocol) -> list[Points]:
-        """For each pair (N, 2), where the points `rule` asks for were put; every pair must have been matched."""
+    def landed(self, rule: Protocol, numbers: Sequence[int] | None = None) -> list[Points]:
+        """For each pair (N, 2), where the points `rule` asks for were put; every pair must have been matched.
+
+        `numbers` names the pairs that are wanted; None: all.
+        """
         name = way(rule)
-        assert not self.missing(name)
+        wanted = range(len(self)) if numbers is None else numbers
+        assert self._section(name)[list(wanted)].all()
         points = self._points[f"{name}/{asked(rule)}"]
-        return [points[self._rows(name, number)] for number in range(len(self))]
+        return [points[self._rows(name, number)] for number in wanted]
 
     def size(self, number: int) -> tuple[Size, Size]:
         """(height, width) of the source and of the target of a pair that has been matched."""

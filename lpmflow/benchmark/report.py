@@ -6,13 +6,16 @@ without these cannot be compared with another.
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import errno
 import io
 import json
 import os
 import platform
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -22,8 +25,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 import lpmflow
+from lpmflow.benchmark.by_pair import to_csv
+from lpmflow.benchmark.settings import cells
 from lpmflow.evaluation import PCK, Scores
-from lpmflow.flowfile import PathLike, as_path, replacing
+from lpmflow.flowfile import PathLike, as_path, is_stream, replacing
 
 LEVEL = 0.95
 """Of the confidence intervals."""
@@ -74,6 +79,12 @@ class Report:
     alphas: dict[str, tuple[float, ...]]
     """Protocol -> its alphas."""
     rows: list[Row]
+    settings: dict[str, Any] = field(default_factory=dict)
+    """How the model was run: any of `lpmflow.benchmark.settings.FIELDS`; from the command line also "options"."""
+    of_pairs: int | None = None
+    """How many pairs there are, where only `pairs` of them were evaluated: then no figure is one of the data set."""
+    by_pair: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    """What came out for each pair, as `lpmflow.benchmark.by_pair.pair_rows` has it; empty where truth is dense."""
     versions: dict[str, str] = field(default_factory=lambda: versions())
     date: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
@@ -91,8 +102,10 @@ class Report:
         return 0.1 if 0.1 in alphas else max(alphas)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as plain values."""
-        return asdict(self)
+        """Everything but `by_pair` as plain values."""
+        found = asdict(replace(self, by_pair=[]))
+        del found["by_pair"]
+        return found
 
     def to_json(self) -> str:
         return json.dumps(self.as_dict(), indent=2) + "\n"
@@ -105,9 +118,11 @@ class Report:
             "benchmark": self.benchmark,
             "root": self.root,
             "split": self.split,
+            "of_pairs": self.of_pairs or self.pairs,
             "model": self.model,
             "model_hash": self.model_hash,
             "dataset_hash": self.dataset_hash,
+            **cells(self.settings),
             **self.versions,
             "date": self.date,
         }
@@ -117,6 +132,10 @@ class Report:
             values, rule = asdict(row), self.protocols[row.protocol]["rule"]
             writer.writerow([*shared.values(), rule, *("" if values[name] is None else values[name] for name in names)])
         return text.getvalue()
+
+    def pairs_to_csv(self) -> str:
+        """A line for each pair."""
+        return to_csv(self.by_pair)
 
     def to_markdown(self) -> str:
         """A section with a table for each protocol."""
@@ -136,18 +155,30 @@ def write(
     json: PathLike | None = None,
     csv: PathLike | None = None,
     markdown: PathLike | None = None,
+    pairs_csv: PathLike | None = None,
 ) -> None:
-    """Write the report to the files that are named, each whole or not at all; OSError when one cannot be written."""
-    for path, text in ((json, report.to_json), (csv, report.to_csv), (markdown, report.to_markdown)):
+    """Write the report to the files that are named, each whole or not at all.
+
+    Raises the first OSError when one cannot be written, after all have been tried.
+    """
+    failed: OSError | None = None
+    texts = ((json, report.to_json), (csv, report.to_csv), (markdown, report.to_markdown))
+    for path, text in (*texts, (pairs_csv, report.pairs_to_csv)):
         if path is not None:
-            with replacing(path) as temporary:
-                temporary.write_text(text(), encoding="utf-8")
+            try:
+                with replacing(path) as temporary:
+                    temporary.write_text(text(), encoding="utf-8")
+            except OSError as error:
+                reason = error.strerror or str(error)
+                failed = failed or OSError(f"{as_path(path)} could not be written: {reason}")
+    if failed is not None:
+        raise failed
 
 
 def check_writable(paths: Mapping[str, PathLike | None]) -> None:
     """OSError for a path that no file can be written to, ValueError for one that is named twice, before any work.
 
-    `paths` by the argument's name.
+    `paths` by the argument's name. In each folder a file is made and removed again.
     """
     names: dict[Path, str] = {}
     for name, path in paths.items():
@@ -156,13 +187,29 @@ def check_writable(paths: Mapping[str, PathLike | None]) -> None:
         final = as_path(path).absolute()
         if not final.parent.is_dir():
             raise FileNotFoundError(f"{name} must name a file in an existing folder, got {str(path)!r}")
-        if final.is_dir():
+        if os.path.isdir(final):
             raise IsADirectoryError(f"{name} must name a file, got the folder {str(path)!r}")
-        if not os.access(final.parent, os.W_OK):
-            raise PermissionError(f"{name} must name a file in a folder that can be written to, got {str(path)!r}")
+        try:
+            _try_to_write(final)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise type(error)(f"{name} must name a file that can be written, got {str(path)!r}: {reason}") from error
         first = names.setdefault(final.resolve(), name)
         if first != name:
             raise ValueError(f"{name} must name another file than {first}, got {str(path)!r}")
+
+
+def _try_to_write(path: Path) -> None:
+    """OSError when nothing can be written there; what is there stays as it is."""
+    if is_stream(path):
+        os.stat(path)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return
+    with contextlib.suppress(FileNotFoundError):
+        os.lstat(path)  # a name may be too long
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
 
 
 def check_folder(name: str, path: PathLike) -> None:

@@ -6,10 +6,11 @@ import textwrap
 
 from lpmflow.benchmark.dense import DENSE, MEASURES
 from lpmflow.benchmark.report import Report
+from lpmflow.benchmark.settings import command, sentence
 from lpmflow.evaluation.published import ALPHA, PAPER_PROTOCOLS, SPAIR_CATEGORIES, SPAIR_TABLE
 
 _OFFICIAL = "the official test split, by names and counts of its pairs"
-_UNITS = (("points", "categories"), ("pixels", "folders"))
+_UNITS = (("point", "category"), ("pixel", "folder"))
 _WIDE = 20
 """Categories that still stand side by side."""
 
@@ -18,28 +19,34 @@ def screen(report: Report) -> list[str]:
     """Lines of text, at most some 130 columns wide where categories are those of SPair-71k."""
     known, kinds = _UNITS[report.benchmark in DENSE]
     said = [
-        f"{report.benchmark} {report.split} of {report.root}: {report.pairs:,} pairs, {report.points:,} {known}, "
-        f"{report.categories} {kinds}" + (f"; {_OFFICIAL}" if report.official else ""),
-        f"model {report.model}, {report.model_hash}",
+        f"{report.benchmark} {report.split} of {report.root}: {_pairs(report)}, {_counted(report.points, known)}, "
+        f"{_counted(report.categories, kinds)}" + (f"; {_OFFICIAL}" if report.official else ""),
+        *_partial(report),
+        _model(report),
     ]
     for name, fields in report.protocols.items():
         said.append("")
-        said += textwrap.wrap(f"{name}: {fields['rule']}", 118, subsequent_indent="  ", break_on_hyphens=False)
+        rule = f"{name}: {fields['rule']}{_same(report, name)}"
+        said += textwrap.wrap(rule, 118, subsequent_indent="  ", break_on_hyphens=False)
         said += _keypoints(report, name) if name in report.alphas else _others(report, name)
-    return said + _papers(report)
+    return said + _papers(report) + (["", *_partial(report)] if _partial(report) else [])
 
 
 def markdown(report: Report) -> str:
     """A section for each protocol, with the same tables."""
-    said = [f"# {report.benchmark} {report.split}: {report.model}", ""]
+    said = [f"# {report.benchmark} {report.split}: {report.model}" + (f", {_pairs(report)}" if report.of_pairs else "")]
+    said += [part for line in _partial(report) for part in ("", f"**{line}**")]
     said += [
-        f"- data: {report.root}, {report.pairs:,} pairs, {report.points:,} {_UNITS[report.benchmark in DENSE][0]}, "
+        "",
+        f"- data: {report.root}, {_pairs(report)}, {_counted(report.points, _UNITS[report.benchmark in DENSE][0])}, "
         f"hash `{report.dataset_hash}`",
-        f"- model: {report.model}, hash `{report.model_hash}`",
+        f"- model: {report.model}" + ("" if report.model == report.model_hash else f", hash `{report.model_hash}`"),
+        *([f"- run: {sentence(report.settings)}"] if sentence(report.settings) else []),
+        *([f"- command: `{command(report.settings['options'])}`"] if "options" in report.settings else []),
         f"- measured {report.date} with " + ", ".join(f"{name} {one}" for name, one in report.versions.items()),
     ]
     for name, fields in report.protocols.items():
-        said += ["", f"## {name}", "", f"{fields['rule'][0].upper()}{fields['rule'][1:]}."]
+        said += ["", f"## {name}", "", f"{fields['rule'][0].upper()}{fields['rule'][1:]}{_same(report, name)}."]
         for header, rows in _tables(report, name):
             said += _piped(header, rows)
         if _beside_papers(report, name):
@@ -50,6 +57,37 @@ def markdown(report: Report) -> str:
     if report.benchmark == "spair" and not report.official:
         said += ["", "Not the official test split of SPair-71k, so nothing here compares with papers on it."]
     return "\n".join(said) + "\n"
+
+
+def _pairs(report: Report) -> str:
+    return f"{report.pairs:,} of {report.of_pairs:,} pairs" if report.of_pairs else _counted(report.pairs, "pair")
+
+
+def _counted(number: int, word: str) -> str:
+    """ "1 category", "2 categories"."""
+    many = f"{word[:-1]}ies" if word.endswith("y") else f"{word}s"
+    return f"{number:,} {word if number == 1 else many}"
+
+
+def _same(report: Report, protocol: str) -> str:
+    """Names the protocol above whose rule is this one's, letter by letter, such as `spair` above `dift`."""
+    rules = {name: fields["rule"] for name, fields in report.protocols.items()}
+    above = next(name for name, rule in rules.items() if rule == rules[protocol])
+    return "" if above == protocol else f" (the same rule as {above}, so the same figures)"
+
+
+def _partial(report: Report) -> list[str]:
+    """A line where only some pairs were evaluated, that nobody quotes a figure of them as one of the data set."""
+    if not report.of_pairs:
+        return []
+    return [f"ONLY {report.pairs:,} OF {report.of_pairs:,} PAIRS (limit): for a first look, not a result to quote."]
+
+
+def _model(report: Report) -> str:
+    """The model's name, its hash where that says more, and how it was run."""
+    known = [report.model] if report.model == report.model_hash else [report.model, report.model_hash]
+    known += [sentence(report.settings)] if report.settings else []
+    return f"model {', '.join(known)}"
 
 
 def _piped(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -181,7 +219,8 @@ def _paper_note(protocol: str) -> str:
 
 def _papers(report: Report) -> list[str]:
     """What papers give for the official split, said where the pairs are others, so that nobody takes one for it."""
-    if report.benchmark != "spair" or report.official or not any(ALPHA in one for one in report.alphas.values()):
+    compared = any(ALPHA in report.alphas.get(name, ()) for name in PAPER_PROTOCOLS)
+    if report.benchmark != "spair" or report.official or report.model == "identity" or not compared:
         return []
     rows = ", ".join(f"{row.method} {row.all:.1f}" for row in SPAIR_TABLE)
     note = (

@@ -2,6 +2,7 @@
 
 from lpmflow.evaluation.average_precision import average_precision, kap_candidates
 from lpmflow.evaluation.dense import EndPointError, end_point_error, intersection_over_union, label_transfer_accuracy
+from lpmflow.evaluation.paired import PairedDifference, paired_bootstrap
 from lpmflow.evaluation.pck import PCK, box_extent, pck, relative_errors
 from lpmflow.evaluation.protocols import DEFAULTS, PROTOCOLS, Protocol, protocol
 from lpmflow.evaluation.scores import Interval, Scores, score
@@ -13,6 +14,7 @@ __all__ = [
     "PROTOCOLS",
     "EndPointError",
     "Interval",
+    "PairedDifference",
     "Protocol",
     "Scores",
     "average_precision",
@@ -23,6 +25,7 @@ __all__ = [
     "intersection_over_union",
     "kap_candidates",
     "label_transfer_accuracy",
+    "paired_bootstrap",
     "pck",
     "protocol",
     "relative_errors",

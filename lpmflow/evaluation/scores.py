@@ -93,6 +93,13 @@ class Scores:
         """(P,): each pair's share of points that are right."""
         return self._by_pair(self.correct(alpha), None)[0]
 
+    def mean_errors(self) -> NDArray[np.float64]:
+        """(P,): the mean of each pair's `errors` without those that are not finite; NaN where none is."""
+        usable = np.isfinite(self.errors)
+        sums = np.bincount(self.owners, np.where(usable, self.errors, 0))
+        counts = np.bincount(self.owners, usable)
+        return np.divide(sums, counts, out=np.full(len(counts), np.nan), where=counts > 0)
+
     def worst(self, count: int) -> list[int]:
         """Up to `count` pairs with the largest mean error, worst first; a point without a usable answer counts as 1e9.
 
