@@ -147,12 +147,7 @@ def load_backbone(model: LPMFlow, path: str | os.PathLike[str]) -> None:
     if not isinstance(backbone, ViTBackbone):
         raise ValueError(f"backbone_weights are for timm backbones, not for {model.config.backbone}")
     path = Path(path)
-    state_dict = _load_safetensors(path)[1] if path.suffix == ".safetensors" else read_torch_file(path)
-    for wrapper in _WRAPPERS:
-        if isinstance(state_dict.get(wrapper), dict):
-            state_dict = state_dict[wrapper]  # type: ignore[assignment]
-    given = {_PREFIX.sub("", str(name)): tensor for name, tensor in state_dict.items()}
-    given = {name: tensor for name, tensor in given.items() if not _HEADS.match(name)}
+    given = {name: tensor for name, tensor in read_backbone(path).items() if not _HEADS.match(name)}
     names = {name: re.sub(r"^parametrizations\.(\w+)\.original$", r"\1", name) for name in backbone.net.state_dict()}
     check_names(
         f"backbone checkpoint {path}",
@@ -172,6 +167,15 @@ def load_backbone(model: LPMFlow, path: str | os.PathLike[str]) -> None:
                 f"{tuple(tensor.shape)}, got {tuple(ours[name].shape)}"
             )
     backbone.net.load_state_dict(ours)
+
+
+def read_backbone(path: Path) -> dict[str, Any]:
+    """The parameters in a file of a backbone (.pth or .safetensors), out of what wraps them; OSError or ValueError."""
+    state_dict: dict[str, Any] = _load_safetensors(path)[1] if path.suffix == ".safetensors" else read_torch_file(path)
+    for wrapper in _WRAPPERS:
+        if isinstance(state_dict.get(wrapper), dict):
+            state_dict = state_dict[wrapper]
+    return {_PREFIX.sub("", str(name)): tensor for name, tensor in state_dict.items()}
 
 
 def read_torch_file(path: Path) -> dict[str, Any]:

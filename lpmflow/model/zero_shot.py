@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lpmflow import ops
 from lpmflow.memory import require_bytes
 from lpmflow.model.backbone import import_timm
-from lpmflow.model.checkpoint import is_torch_file
+from lpmflow.model.checkpoint import read_backbone
 from lpmflow.model.lpmflow import FlowOutput
 
 READOUTS = ("window", "nearest")
@@ -146,22 +146,28 @@ def _create(backbone: str, weights: str | os.PathLike[str] | None) -> Any:
     timm = import_timm()
     if not isinstance(backbone, str) or not timm.is_model(backbone):
         raise ValueError(f"backbone must be the name of a timm model, got {backbone!r}")
-    given: dict[str, Any] = {}
-    if weights is not None:
-        if not Path(weights).is_file():
-            raise FileNotFoundError(f"backbone_weights must be a file of parameters, but there is no {str(weights)!r}")
-        if Path(weights).suffix != ".safetensors" and not is_torch_file(Path(weights)):
-            raise ValueError(f"{weights} must hold the parameters of {backbone}, but is no file that torch.save writes")
-        given["pretrained_cfg_overlay"] = {"file": str(weights), "num_classes": 0}
+    given = {} if weights is None else {"pretrained_cfg_overlay": _overlay(timm, backbone, Path(weights))}
     try:
         net = timm.create_model(backbone, pretrained=True, num_classes=0, **given)
     except Exception as error:  # timm, the Hub's client and torch raise a dozen types for what is missing or wrong
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = " ".join(str(error).split()) or type(error).__name__
         if weights is not None:
-            raise ValueError(f"{weights} does not hold the parameters of {backbone}: {reason}") from error
+            raise ValueError(f"{weights} does not hold the parameters of {backbone}: {reason:.400}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(
             f"the weights of {backbone} could not be had from timm ({reason}); give a file as backbone_weights"
         ) from error
     if not hasattr(net, "forward_intermediates") or not hasattr(net, "pretrained_cfg"):
         raise ValueError(f"backbone must be a timm model that gives feature maps, which {backbone} does not")
     return net
+
+
+def _overlay(timm: Any, backbone: str, path: Path) -> dict[str, Any]:
+    """What has timm take its weights from a file, by its own rules for names, all of them and no others."""
+    if not path.is_file():
+        raise FileNotFoundError(f"backbone_weights must be a file of parameters, but there is no {str(path)!r}")
+    heads = timm.models.get_pretrained_cfg(backbone).classifier or ()
+    heads = (heads,) if isinstance(heads, str) else heads
+    unwanted = {f"{head}.{kind}" for head in heads for kind in ("weight", "bias")}
+    state_dict = {name: value for name, value in read_backbone(path).items() if name not in unwanted}
+    return {"state_dict": state_dict, "num_classes": 0}  # a head, which we have not, is all that timm would drop
