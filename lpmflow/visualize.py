@@ -6,7 +6,7 @@ points and flows are (x, y) as in `lpmflow.geometry`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -134,14 +134,17 @@ def prediction_figure(
     *,
     title: str = "",
     sides: tuple[str, str] = ("source", "target"),
+    reach: tuple[float, float] | None = None,
 ) -> Figure:
     """Where points (N, 2) of the source were put, `moved` (N, 2), and where they should be, `marked` (N, 2).
 
-    A line leads from each point to its place, blue where `right` (N,) says so, else red; in the target a dotted line
-    leads on to a ring at the marked place. `sides` are the panels' titles. Raises ValueError when shapes differ.
+    Points have their numbers, from 1. A line leads from each point to its place, blue where `right` (N,) says so, else
+    red; in the target a dotted line leads on to a ring at the marked place. `sides` are the panels' titles, and `reach`
+    (x, y) in pixels of the target how far from a marked place is still right, drawn around it. Raises ValueError when
+    shapes differ.
     """
     from matplotlib.figure import Figure
-    from matplotlib.patches import ConnectionPatch
+    from matplotlib.patches import ConnectionPatch, Ellipse
     from matplotlib.patheffects import Normal, Stroke
 
     begin, end, truth = (np.asarray(array, dtype=np.float64) for array in (points, moved, marked))
@@ -153,28 +156,78 @@ def prediction_figure(
         )
     panel = (_WIDTH - 2 * _MARGIN - _GAP) / 2
     height = panel * max(_aspect(source), _aspect(target))
-    figure = Figure(figsize=(_WIDTH, height + 2 * _TITLE + 2 * _MARGIN), dpi=110, facecolor="white")
+    figure = Figure(figsize=(_WIDTH, height + 3 * _TITLE + 2 * _MARGIN), dpi=110, facecolor="white")
     figure.text(0.5, 1 - _MARGIN / figure.get_figheight(), title, ha="center", va="top", fontsize=11, color=_INK)
-    left = _axes(figure, _MARGIN, _MARGIN, panel, height, sides[0])
-    beside = _axes(figure, _MARGIN + panel + _GAP, _MARGIN, panel, height, sides[1])
+    left = _axes(figure, _MARGIN, _MARGIN + _TITLE, panel, height, sides[0])
+    beside = _axes(figure, _MARGIN + panel + _GAP, _MARGIN + _TITLE, panel, height, sides[1])
     left.imshow(source)
     beside.imshow(target)
-    halo = [Stroke(linewidth=3, foreground="white", alpha=0.75), Normal()]
-    for start, place, mark, ok in zip(begin, end, truth, good, strict=True):
+    halo = [Stroke(linewidth=3.4, foreground="white", alpha=0.9), Normal()]
+    for number, (start, place, mark, ok) in enumerate(zip(begin, end, truth, good, strict=True), 1):
         color = _RIGHT if ok else _WRONG
-        left.plot(*start, "o", color=color, markersize=6, markeredgecolor="white")
-        beside.plot(*mark, "o", color="none", markersize=9, markeredgecolor=color, markeredgewidth=2, clip_on=False)
+        _draw_dot(figure, left, start, color)
+        beside.plot(*mark, "o", color="none", markersize=9, markeredgecolor=color, markeredgewidth=2, clip_on=False,
+                    path_effects=halo)  # fmt: skip
+        if reach is not None:
+            beside.add_patch(Ellipse(mark, 2 * reach[0], 2 * reach[1], fill=False, color="white", linewidth=0.8))
+        _write_number(left, start, number, color, -1)
+        _write_number(beside, mark, number, color, 1)
         if not np.isfinite(place).all():
             continue
         line = ConnectionPatch(start, place, "data", "data", axesA=left, axesB=beside, color=color, linewidth=1.2)
         line.set_path_effects(halo)
         figure.add_artist(line)
-        beside.plot(*zip(place, mark, strict=True), ":", color=color, linewidth=1.4, clip_on=False)
-        beside.plot(*place, "o", color=color, markersize=6, markeredgecolor="white", clip_on=False)
+        beside.plot(*zip(place, mark, strict=True), ":", color=color, linewidth=1.6, clip_on=False, path_effects=halo)
+        _draw_dot(figure, beside, place, color)
+    _write_legend(figure, reach is not None)
     for axes, image in ((left, source), (beside, target)):
         axes.set_xlim(-0.5, image.shape[1] - 0.5)  # what lies outside must not shrink the photograph
         axes.set_ylim(image.shape[0] - 0.5, -0.5)
     return figure
+
+
+def _draw_dot(figure: Figure, axes: Axes, place: NDArray[np.float64], color: str) -> None:
+    """A dot of the figure and not of the panel, because the lines are the figure's and would cover it."""
+    from matplotlib.lines import Line2D
+
+    dot = Line2D([place[0]], [place[1]], color=color, marker="o", markersize=7, transform=axes.transData, zorder=5)
+    dot.set(markeredgecolor="white", markeredgewidth=1.2)
+    figure.add_artist(dot)
+
+
+def _write_number(axes: Axes, place: NDArray[np.float64], number: int, color: str, side: int) -> None:
+    """A point's number beside it, to the left (-1) or right (1)."""
+    from matplotlib.patheffects import Normal, Stroke
+
+    effects = [Stroke(linewidth=2.5, foreground="white"), Normal()]
+    alignment: Literal["left", "right"] = "right" if side < 0 else "left"
+    axes.annotate(
+        str(number), (place[0], place[1]), xytext=(7 * side, 0), textcoords="offset points", ha=alignment, va="center",
+        fontsize=9, fontweight="bold", color=color, path_effects=effects, annotation_clip=False,
+    )  # fmt: skip
+
+
+def _write_legend(figure: Figure, reach: bool) -> None:
+    """What the signs of `prediction_figure` say, in one line at its foot."""
+    from matplotlib.lines import Line2D
+
+    dot: dict[str, Any] = {"marker": "o", "linewidth": 1.2}
+    ring: dict[str, Any] = {"marker": "o", "linestyle": "", "markerfacecolor": "none"}
+    signs = {
+        "predicted, right": Line2D([], [], color=_RIGHT, **dot),
+        "predicted, wrong": Line2D([], [], color=_WRONG, **dot),
+        "marked" + (", and what is near enough" if reach else ""): Line2D([], [], color=_INK, **ring),
+        "error": Line2D([], [], color=_INK, linestyle=":", linewidth=1.6),
+    }
+    figure.legend(
+        list(signs.values()),
+        list(signs),
+        loc="lower center",
+        ncols=len(signs),
+        frameon=False,
+        fontsize=9,
+        borderpad=0.2,
+    )
 
 
 def match_figure(match: Match, points: ArrayLike | None = None) -> Figure:

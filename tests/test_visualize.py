@@ -185,12 +185,21 @@ def test_predictions_are_drawn_with_what_is_right() -> None:
     image, other = np.zeros((60, 80, 3), np.uint8), np.zeros((70, 50, 3), np.uint8)
     points, moved = [(5, 5), (70, 50), (30, 30)], [(6, 6), (400, -90), (np.nan, 0)]
     figure = prediction_figure(
-        image, other, points, moved, [(6, 6), (40, 40), (9, 9)], [True, False, False], title="it"
+        image, other, points, moved, [(6, 6), (40, 40), (9, 9)], [True, False, False], title="it", reach=(4, 2)
     )
     lines = [artist for artist in figure.artists if type(artist).__name__ == "ConnectionPatch"]
     assert [line.get_edgecolor()[2] > 0.5 for line in lines] == [True, False]
     left, right = figure.axes
     assert left.get_xlim() == (-0.5, 79.5) and right.get_ylim() == (69.5, -0.5)  # whatever lies outside
+    for axes in (left, right):
+        assert [text.get_text() for text in axes.texts] == ["1", "2", "3"]
+    assert [(*patch.center, patch.width, patch.height) for patch in right.patches] == [
+        (6, 6, 8, 4),
+        (40, 40, 8, 4),
+        (9, 9, 8, 4),
+    ]
+    signs = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert signs == ["predicted, right", "predicted, wrong", "marked, and what is near enough", "error"]
     assert figure.texts[0].get_text() == "it" and left.get_title(loc="left") == "source"
 
 

@@ -67,7 +67,8 @@ def evaluate(
         limit: evaluate so many pairs only, evenly spread over the list (`lpmflow.benchmark.by_pair.spread`); the report
             says so, and its `dataset_hash` and the predictions' file are those of all pairs, so that a run without a
             limit goes on from there.
-        worst, worst_folder: draw so many of the worst pairs there, under the first protocol.
+        worst, worst_folder: draw so many of the worst pairs there, under the first protocol, at alpha 0.1 if that is
+            asked for, else the largest.
         ready: is given the report before a picture is drawn and before an error of writing the predictions is raised,
             so that no figure is lost by either.
 
@@ -149,7 +150,7 @@ def evaluate(
     if ready is not None:
         ready(report)
     if worst and worst_folder is not None and here.first:
-        draw_worst(first[0], pairs, first[1], worst, worst_folder)
+        draw_worst(first[0], pairs, first[1], worst, worst_folder, report.table_alpha(rules[0].name))
     if known.unwritten is not None:
         raise known.unwritten
     return report
