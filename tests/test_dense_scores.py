@@ -66,3 +66,12 @@ def test_masks_of_another_shape(measure: object, shapes: tuple) -> None:
 def test_iou_needs_an_object() -> None:
     with pytest.raises(ValueError, match="true must cover at least one pixel"):
         intersection_over_union(np.ones((2, 2)), np.zeros((2, 2)))
+
+
+@pytest.mark.parametrize("measure", [intersection_over_union, label_transfer_accuracy])
+def test_a_mask_says_something_of_every_pixel(measure: object) -> None:
+    unknown, known = np.array([[1.0, np.nan]]), np.array([[1, 0]])
+    with pytest.raises(ValueError, match=r"predicted must say of every pixel .*, but holds NaN"):
+        measure(unknown, known)  # type: ignore[operator]
+    with pytest.raises(ValueError, match=r"true must say of every pixel .*, but holds NaN"):
+        measure(known, unknown)  # type: ignore[operator]

@@ -88,3 +88,10 @@ def test_an_extent_that_is_none(extent: float) -> None:
 def test_nothing_to_average(errors: list[np.ndarray]) -> None:
     with pytest.raises(ValueError, match="errors must hold at least one pair, and every pair at least one keypoint"):
         pck(errors, 0.1)
+
+
+def test_a_marked_point_must_be_a_place_and_pairs_stay_apart() -> None:
+    with pytest.raises(ValueError, match="marked must hold finite points"):
+        relative_errors([(1, 1)], [(np.nan, 1)], 10)
+    with pytest.raises(ValueError, match="errors must be a sequence of arrays, one a pair, and is one array"):
+        pck(np.array([0.1, 0.2]), 0.1)  # type: ignore[arg-type]

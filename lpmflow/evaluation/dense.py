@@ -47,7 +47,7 @@ def end_point_error(flow: ArrayLike, truth: ArrayLike, valid: ArrayLike | None =
 def label_transfer_accuracy(predicted: ArrayLike, true: ArrayLike) -> float:
     """LT-ACC, in percent: the share of all pixels, object or not, that a transferred mask (H, W) labels as `true` does.
 
-    Raises ValueError when the shapes differ or there is no pixel.
+    What is not 0 is the object. Raises ValueError when the shapes differ, there is no pixel or one is NaN.
     """
     ours, theirs = _masks(predicted, true)
     return 100 * float((ours == theirs).mean())
@@ -56,7 +56,7 @@ def label_transfer_accuracy(predicted: ArrayLike, true: ArrayLike) -> float:
 def intersection_over_union(predicted: ArrayLike, true: ArrayLike) -> float:
     """IoU of a transferred mask (H, W) and the true one, in percent.
 
-    Raises ValueError when the shapes differ, or `true` has no pixel of the object.
+    What is not 0 is the object. Raises ValueError when the shapes differ, a pixel is NaN, or `true` has no object.
     """
     ours, theirs = _masks(predicted, true)
     if not theirs.any():
@@ -65,6 +65,9 @@ def intersection_over_union(predicted: ArrayLike, true: ArrayLike) -> float:
 
 
 def _masks(predicted: ArrayLike, true: ArrayLike) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    for name, mask in (("predicted", predicted), ("true", true)):
+        if np.isnan(np.asarray(mask, dtype=np.float64)).any():
+            raise ValueError(f"{name} must say of every pixel whether it is the object (0: it is not), but holds NaN")
     ours, theirs = np.asarray(predicted) != 0, np.asarray(true) != 0
     if ours.ndim != 2 or ours.shape != theirs.shape or not ours.size:
         raise ValueError(

@@ -40,13 +40,15 @@ def box_extent(box: ArrayLike) -> float:
 
 
 def relative_errors(predicted: ArrayLike, marked: ArrayLike, extent: float) -> NDArray[np.float64]:
-    """(N,): the distance of predicted and marked points (N, 2), over R = `extent`.
+    """(N,): the distance of predicted and marked points (N, 2), over R = `extent`; NaN where nothing was predicted.
 
-    Raises ValueError when the shapes differ or are not (N, 2), or the extent is not above 0.
+    Raises ValueError when the shapes differ or are not (N, 2), a marked point is not finite, or the extent not above 0.
     """
     ours, theirs = np.asarray(predicted, dtype=np.float64), np.asarray(marked, dtype=np.float64)
     if ours.shape != theirs.shape or ours.ndim != 2 or ours.shape[1] != 2:
         raise ValueError(f"predicted and marked must both have shape (N, 2), got {ours.shape} and {theirs.shape}")
+    if not np.isfinite(theirs).all():
+        raise ValueError("marked must hold finite points")
     if not extent > 0:
         raise ValueError(f"extent must be above 0, got {extent}")
     return np.asarray(np.linalg.norm(ours - theirs, axis=1) / extent)
@@ -57,7 +59,9 @@ def pck(errors: Sequence[NDArray[np.float64]], alpha: float) -> PCK:
 
     Raises ValueError when there is no pair or a pair has no keypoint.
     """
-    if not errors or any(len(pair) == 0 for pair in errors):
+    if isinstance(errors, np.ndarray) and errors.ndim == 1:
+        raise ValueError("errors must be a sequence of arrays, one a pair, and is one array")
+    if not len(errors) or any(len(pair) == 0 for pair in errors):
         raise ValueError("errors must hold at least one pair, and every pair at least one keypoint")
     correct = [pair <= alpha for pair in errors]
     return PCK(
