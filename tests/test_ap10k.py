@@ -12,6 +12,7 @@ import pytest
 
 from lpmflow.data import KeypointPair, load_pairs
 from lpmflow.data.ap10k import SPLITS
+from lpmflow.evaluation import geometry_aware_points
 
 CATEGORIES = [
     {"id": 1, "name": "antelope", "supercategory": "Bovidae"},
@@ -81,6 +82,16 @@ def test_a_pair_has_the_points_labelled_in_both(tmp_path: Path) -> None:
     assert pair.point_ids is not None and pair.point_ids.tolist() == [0, 4, 9]
     assert pair.source_box is not None and pair.source_box.tolist() == [10, 20, 110, 70]
     assert pair.source_size == pair.target_size == (300, 400)
+
+
+def test_a_twin_that_only_the_target_shows_is_seen(tmp_path: Path) -> None:
+    """0 and 1 are the eyes: the source shows one of them."""
+    made = Set(tmp_path)
+    made.add(1, 1, [0, 2, 3])
+    made.add(2, 1, [0, 1, 2, 3])
+    pairs = load_pairs("ap-10k", made.write(), "test")
+    assert pairs[0].target_visible is not None and pairs[0].target_visible.tolist() == [0, 1, 2, 3]
+    assert geometry_aware_points(pairs, {"antelope": [[0, 1]]}).tolist() == [True, False, False]
 
 
 def test_what_does_not_count(tmp_path: Path) -> None:

@@ -42,6 +42,11 @@ def test_a_pair_may_have_masks_and_no_points() -> None:
         ({"source_box": POINTS}, r"source_box must have shape \(4,\), got \(3, 2\)"),
         ({"target_box": np.array([0, 0, np.inf, 1])}, "target_box must be finite"),
         ({"point_ids": np.arange(2)}, r"point_ids must have shape \(3,\), got \(2,\)"),
+        ({"target_visible": np.arange(3)}, "target_visible must hold every one of point_ids"),
+        (
+            {"point_ids": np.arange(3), "target_visible": np.array([0, 1, 5])},
+            "target_visible must hold every one of point_ids",
+        ),
         ({"source_mask": np.zeros(4)}, r"source_mask must have shape \(N, 2\), got \(4,\)"),
     ],
 )

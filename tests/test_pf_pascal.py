@@ -43,6 +43,7 @@ def test_a_pair_has_the_points_labelled_in_both(tmp_path: Path, split: str, name
     assert (pair.source, pair.target) == (tmp_path / "JPEGImages" / "a.jpg", tmp_path / "JPEGImages" / "b.jpg")
     assert pair.source_points.tolist() == [[1, 2], [7, 8]] and pair.target_points.tolist() == [[11, 12], [17, 18.25]]
     assert pair.point_ids is not None and pair.point_ids.tolist() == [0, 3]
+    assert pair.target_visible is not None and pair.target_visible.tolist() == [0, 2, 3]
     assert pair.source_box is not None and pair.source_box.tolist() == [1, 2, 30, 40]
     assert pair.target_box is not None and pair.target_box.tolist() == [5, 6, 70, 80]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,14 @@ def test_the_points_of_all_pairs() -> None:
     pairs = [pair("cat", [2, 3, 5]), pair("dog", [2, 3]), pair("cat", [2, 9])]
     found = geometry_aware_points(pairs, {"cat": EARS_AND_LEGS})
     assert found.tolist() == [True, True, False, False, False, False, False]
+
+
+def test_a_pair_may_say_all_that_its_target_shows() -> None:
+    shown = dataclasses.replace(pair("cat", [2, 9]), target_visible=np.array([2, 3, 9]))
+    assert geometry_aware_points([shown, pair("cat", [9, 10])], {"cat": EARS_AND_LEGS}).tolist() == [
+        *(True, False),
+        *(True, True),
+    ]
 
 
 def test_pairs_that_do_not_say_which_points_they_have() -> None:

@@ -186,7 +186,8 @@ def _check_groups(groups: Mapping[str, Sequence[Sequence[Any]]], pairs: Sequence
     """ValueError for a category or a point that no pair has: by a slip there, points would be left out in silence."""
     known: dict[str, set[str]] = {}
     for pair in pairs:
-        known.setdefault(pair.category, set()).update(str(one) for one in np.asarray(pair.point_ids).tolist())
+        seen = pair.point_ids if pair.target_visible is None else pair.target_visible  # which the others are among
+        known.setdefault(pair.category, set()).update(str(one) for one in np.asarray(seen).tolist())
     for category, own in groups.items():
         if category not in known:
             raise ValueError(f"groups must name categories of these pairs, {', '.join(sorted(known))}, got {category}")

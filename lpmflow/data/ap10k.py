@@ -264,6 +264,7 @@ def _pair(record: object, category: str, source: Animal, target: Animal) -> Keyp
             source_size=source.size,
             target_size=target.size,
             point_ids=common,
+            target_visible=np.flatnonzero(target.points[:, 2] > 0),
         )
 
 

@@ -61,6 +61,9 @@ class KeypointPair:
     """The object: an image file, not 0 where it is, or its outline (M, 2), (x, y); `lpmflow.data.read_mask` reads both.
     None where the set has no masks."""
     target_mask: Path | NDArray[np.float64] | None = None
+    target_visible: NDArray[Any] | None = None
+    """(M,): every point of its category marked in the target, as `point_ids` and those among them; None where the set
+    does not say."""
 
     def __post_init__(self) -> None:
         for name in ("source_points", "target_points"):
@@ -78,6 +81,10 @@ class KeypointPair:
                 _require(name, getattr(self, name), (4,))
         if self.point_ids is not None and np.shape(self.point_ids) != (count,):
             raise ValueError(f"point_ids must have shape ({count},), got {np.shape(self.point_ids)}")
+        if self.target_visible is not None and (
+            self.point_ids is None or not set(self.point_ids.tolist()) <= set(self.target_visible.tolist())
+        ):
+            raise ValueError("target_visible must hold every one of point_ids")
         for name in ("source_mask", "target_mask"):
             if isinstance(getattr(self, name), np.ndarray):
                 _require(name, getattr(self, name), (None, 2))

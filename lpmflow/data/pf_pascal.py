@@ -99,6 +99,7 @@ def _pair(root: Path, split: str, number: int, row: Row) -> KeypointPair:
             target_box,
             point_ids=np.flatnonzero(labelled),
             flip=flip,
+            target_visible=np.flatnonzero(np.isfinite(target_rows).all(axis=1)),
         )
 
 

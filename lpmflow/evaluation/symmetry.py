@@ -38,7 +38,8 @@ def geometry_aware(point_ids: ArrayLike, groups: Groups, visible: ArrayLike | No
 def geometry_aware_points(pairs: Sequence[KeypointPair], groups: Mapping[str, Groups]) -> NDArray[np.bool_]:
     """(K,): `geometry_aware` of every keypoint of `pairs`, for `Scores.pck(points=...)`; `groups` by category.
 
-    A category without groups has no such points. Raises ValueError when a pair does not say which points it has, or
+    What the target shows is `KeypointPair.target_visible`, or the pair's own points where the set does not say. A
+    category without groups has no such points. Raises ValueError when a pair does not say which points it has, or
     when no point of any pair is in the subset.
     """
     if not any(pair.category in groups for pair in pairs):
@@ -50,7 +51,7 @@ def geometry_aware_points(pairs: Sequence[KeypointPair], groups: Mapping[str, Gr
     for pair in pairs:
         if pair.point_ids is None:
             raise ValueError(f"groups need pairs that say which points they have, which {pair.name!r} does not")
-        found.append(geometry_aware(pair.point_ids, groups.get(pair.category, ())))
+        found.append(geometry_aware(pair.point_ids, groups.get(pair.category, ()), pair.target_visible))
     aware = np.concatenate(found)
     if not aware.any():
         raise ValueError("groups must hold two points or more that some pair has marked together, but no pair has")
