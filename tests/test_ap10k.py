@@ -203,6 +203,7 @@ def test_a_list_is_missing(tmp_path: Path, name: str) -> None:
         ({"bbox": [1, 2, 0, 0]}, "bbox must be x, y, width, height with a side above 0, got "),
         ({"bbox": [1, 2, 3]}, "bbox must be x, y, width, height"),
         ({"category_id": 9}, "its image and its category must be in the same lists"),
+        ({"keypoints": [10**400] * 51}, "int too large to convert to float"),
         ({"image_id": 99}, "its image and its category must be in the same lists"),
     ],
 )
@@ -233,6 +234,35 @@ def test_a_list_of_another_kind(tmp_path: Path, content: str) -> None:
     with pytest.raises(ValueError) as refused:
         load_pairs("ap-10k", tmp_path, "test")
     assert str(refused.value).startswith(str(file))
+
+
+def test_an_image_is_numbered_by_whole_numbers(tmp_path: Path) -> None:
+    made = Set(tmp_path)
+    made.add(1, 1)
+    made.add(2, 1, into="val", image_id="2")
+    with pytest.raises(
+        ValueError, match=r"val-split1\.json: image_id must be a whole number, got '2' in annotation 1002"
+    ):
+        load_pairs("ap-10k", made.write(), "test")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"width": float("inf")}, "width and height must be whole numbers of at least 1, got inf and 300"),
+        ({"height": 0}, "width and height must be whole numbers of at least 1, got 400 and 0"),
+        ({"height": 299.7}, "width and height must be whole numbers of at least 1, got 400 and 299.7"),
+        ({"file_name": "../data/000000000002.jpg"}, "file_name must name a file below "),
+        ({"file_name": 2}, "file_name must name a file below "),
+    ],
+)
+def test_an_image_of_another_kind(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+    made = Set(tmp_path)
+    made.add(1, 1)
+    made.add(2, 1, into="val")
+    made.lists["val"]["images"][0].update(changed)
+    with pytest.raises(ValueError, match=rf"ap10k-val-split1\.json, annotation 1002: {message}"):
+        load_pairs("ap-10k", made.write(), "test")
 
 
 def test_an_image_in_two_lists(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_json_of_another_kind(tmp_path: Path, content: str, kind: str) -> None:
         read_json(tmp_path / "a.json")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"nul"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"nul", b"9" * 5000, b"[" * 200_000])
 def test_no_json(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "a.json"
     file.write_bytes(content)
@@ -80,6 +80,8 @@ def test_text_may_begin_with_a_mark(tmp_path: Path) -> None:
 def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match="^there: has no 'box'$"), naming("there"):
         {}["box"]
+    with pytest.raises(ValueError, match="^there: int too large to convert to float$"), naming("there"):
+        float(10**400)
     with pytest.raises(ValueError, match="^there: wrong$"), naming("there"):
         raise TypeError("wrong")
     with pytest.raises(FileNotFoundError, match="^wrong$"), naming("there"):
@@ -120,7 +122,10 @@ def test_a_photograph_that_is_not_there(tmp_path: Path) -> None:
     assert str(refused.value) == f"here: there is no file {tmp_path / 'PF' / 'car(G)' / 'a.png'}"
 
 
-@pytest.mark.parametrize("name", ["../a.png", "car/../../a.png", "/etc/a.png", ""])
-def test_a_name_that_leads_elsewhere(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["../a.png", "car/../../a.png", "/etc/a.png", "\\etc\\a.png", "..\\a.png", "C:\\a.png", "C:a.png", ".", "", 5],
+)
+def test_a_name_that_leads_elsewhere(tmp_path: Path, name: object) -> None:
     with pytest.raises(ValueError, match="^here: must name a file below "):
         find_file(tmp_path, name, "here")

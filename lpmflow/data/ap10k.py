@@ -41,7 +41,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lpmflow.data.files import find_file, naming, read_json
+from lpmflow.data.files import find_file, naming, parts_below, read_json
 from lpmflow.data.pairs import KeypointPair, Layout
 
 POINTS = 17
@@ -114,7 +114,7 @@ def _prepared_pair(root: Path, file: Path, read: Callable[[Path], Animal]) -> Ke
         raise ValueError(f"{file} must be called SOURCE-TARGET:category.json")
     fields = read_json(file)
     with naming(file):
-        names = [str(fields[key]) for key in ("src_json_path", "trg_json_path")]
+        names = [fields[key] for key in ("src_json_path", "trg_json_path")]
     source, target = (read(find_file(root, name, str(file))) for name in names)
     return _pair(file, named[1], source, target)
 
@@ -152,6 +152,11 @@ def _species(root: Path) -> tuple[dict[tuple[str, str], list[Animal]], list[Exce
                 images[image["id"]] = image
             categories.update({category["id"]: category for category in fields["categories"]})
             for annotation in fields["annotations"]:
+                if type(annotation["image_id"]) is not int:
+                    raise ValueError(
+                        f"image_id must be a whole number, got {annotation['image_id']!r} in annotation "
+                        f"{annotation.get('id')}"
+                    )
                 annotations.setdefault(annotation["image_id"], []).append((file, annotation))
     found: dict[tuple[str, str], list[Animal]] = {}
     wrong: list[Exception] = []
@@ -163,7 +168,7 @@ def _species(root: Path) -> tuple[dict[tuple[str, str], list[Animal]], list[Exce
                 if number not in images or annotation["category_id"] not in categories:
                     raise ValueError("its image and its category must be in the same lists")
                 image, category = images[number], categories[annotation["category_id"]]
-                path = root / "data" / str(image["file_name"])
+                path = root.joinpath("data", *parts_below(root / "data", image["file_name"], "file_name"))
                 animal = _animal(annotation, image, category, number, path)
             if others or np.count_nonzero(animal.points[:, 2] > 0) < _LEAST:
                 continue
@@ -238,12 +243,12 @@ def _animal(
     box = np.array(annotation["bbox"], dtype=np.float64)
     if box.shape != (4,) or not np.isfinite(box).all() or not (box[2:] > 0).any():
         raise ValueError(f"bbox must be x, y, width, height with a side above 0, got {annotation['bbox']!r}")
-    size = (int(image["height"]), int(image["width"]))
-    if min(size) < 1:
-        raise ValueError(f"width and height must be at least 1, got {size[1]} and {size[0]}")
+    height, width = image["height"], image["width"]
+    if not all(isinstance(side, (int, float)) and side >= 1 and side % 1 == 0 for side in (width, height)):
+        raise ValueError(f"width and height must be whole numbers of at least 1, got {width!r} and {height!r}")
     corners = np.concatenate((box[:2], box[:2] + box[2:]))
     family, name = str(category["supercategory"]), str(category["name"])
-    return Animal(number, path, family, name, points.reshape(POINTS, 3), corners, size)
+    return Animal(number, path, family, name, points.reshape(POINTS, 3), corners, (int(height), int(width)))
 
 
 def _pair(record: object, category: str, source: Animal, target: Animal) -> KeypointPair:

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ def naming(record: object) -> Iterator[None]:
     """What is wrong inside, as a ValueError that begins with the file and record it is wrong in."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
         what = f"has no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{record}: {what}") from error
 
@@ -38,9 +38,10 @@ def read_text(file: Path) -> str:
 
 def read_json(file: Path) -> dict[str, Any]:
     """The fields of the object that a JSON file holds; ValueError when it holds none."""
+    text = read_text(file)
     try:
-        found = json.loads(read_text(file))
-    except json.JSONDecodeError as error:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:  # more digits or brackets than Python reads are no JSONDecodeError
         raise ValueError(f"{file} must be JSON: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{file} must hold a JSON object, got {type(found).__name__}")
@@ -112,16 +113,26 @@ def require_folder(root: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def find_file(root: Path, name: str, what: str) -> Path:
+def parts_below(folder: Path, name: object, what: str) -> tuple[str, ...]:
+    """The parts of a file's name that a data set gives relative to `folder`, with slashes of either kind.
+
+    Raises ValueError beginning with `what` when it is no name, or one that leads out of `folder`.
+    """
+    # a Windows path has both kinds of slash, and an anchor when it begins with either or with a drive
+    path = PureWindowsPath(name) if isinstance(name, str) else PureWindowsPath()
+    if not path.parts or ".." in path.parts or path.anchor:
+        raise ValueError(f"{what} must name a file below {folder}, got {name!r}")
+    return path.parts
+
+
+def find_file(root: Path, name: object, what: str) -> Path:
     """The file that a list below `root` calls `name`, such as PF-dataset/car(G)/Cars_006a.png.
 
     Lists begin their names at different folders, so leading ones that are not there are left out, but for the last
     folder. Raises FileNotFoundError saying `what` record asks for it and where it is wanted, ValueError for a name that
     leads out of `root`.
     """
-    parts = PurePosixPath(name.replace("\\", "/")).parts
-    if not parts or ".." in parts or PurePosixPath(name).is_absolute():
-        raise ValueError(f"{what}: must name a file below {root}, got {name!r}")
+    parts = parts_below(root, name, f"{what}:")
     places = [root.joinpath(*parts[first:]) for first in range(max(1, len(parts) - 1))]
     for place in places:
         if place.is_file():
