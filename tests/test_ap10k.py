@@ -201,6 +201,7 @@ def test_a_list_is_missing(tmp_path: Path, name: str) -> None:
         ({"keypoints": [1, 2, 2]}, r"keypoints must be 51 finite numbers, got shape \(3,\)"),
         ({"keypoints": [None] * 51}, "keypoints must be 51 finite numbers"),
         ({"bbox": [1, 2, 0, 0]}, "bbox must be x, y, width, height with a side above 0, got "),
+        ({"bbox": [10, 20, -5, 30]}, "bbox must be x, y, width, height with a side above 0, got "),
         ({"bbox": [1, 2, 3]}, "bbox must be x, y, width, height"),
         ({"category_id": 9}, "its image and its category must be in the same lists"),
         ({"keypoints": [10**400] * 51}, "int too large to convert to float"),

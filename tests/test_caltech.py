@@ -60,6 +60,7 @@ def test_outlines_written_otherwise(tmp_path: Path, xa: str) -> None:
         (line(xa='"1,2,nan,4"'), "an outline must be finite"),
         (line(xa='"1,2,3"'), "an outline must have as many x as y, at least 3, got 3 and 4"),
         (line(xa='"1,2"', ya='"1,2"'), "an outline must have as many x as y, at least 3, got 2 and 2"),
+        (line().replace(",8,", ",nonsense,"), "the class must be numbers: "),
         (line(xa=""), "an outline must be numbers: "),
         (line("101_ObjectCategories/watch/image_0001.jpg"), "both images must be of one category, got "),
     ],

@@ -62,8 +62,8 @@ nothing is wrong
 
 def test_a_folder_that_is_right(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spair(tmp_path, "val", "cat", trg_kps=[[5, 6], [61, 8]])
-    spair(tmp_path, "test", "cat", number=1)
-    spair(tmp_path, "test", "cat", number=2)
+    for number in (1, 2):
+        spair(tmp_path, "test", "cat", number=number, src_imname="b.png", trg_imname="a.png")
     spair(tmp_path, "test", "bus", number=3)
     assert cli.main(["data", "check", str(tmp_path)]) == 0
     assert capsys.readouterr() == (RIGHT.format(root=tmp_path), "")
@@ -112,7 +112,8 @@ def test_the_rest_is_counted(tmp_path: Path) -> None:
 def test_a_missing_photograph_is_told_once(tmp_path: Path) -> None:
     for number in range(5):
         spair(tmp_path, "val", "cat", number=number)
-    spair(tmp_path, "val", "cat", number=5, src_imname="b.png")
+    picture(tmp_path / "JPEGImages" / "cat" / "c.png")
+    spair(tmp_path, "val", "cat", number=5, src_imname="c.png")
     image = tmp_path / "JPEGImages" / "cat" / "a.png"
     image.unlink()
     first = tmp_path / "PairAnnotation" / "val" / "000000-a-b_cat.json"
@@ -138,6 +139,41 @@ def test_outlines_are_checked(tmp_path: Path) -> None:
     file.write_text(f'a,b,class,XA,YA,XB,YB\n{names},8,"1,9,9","1,1,9","100,109,109","1,1,9"\n')
     (wrong,) = check_pairs(tmp_path).wrong
     assert wrong.startswith("test, 000001-a-b:ant: mask must cover at least one pixel of 60 x 40, which the outline ")
+
+
+def test_an_outline_is_near_its_photograph(tmp_path: Path) -> None:
+    for name in ("a.jpg", "b.jpg"):
+        picture(tmp_path / "101_ObjectCategories" / "ant" / name)
+    names = "101_ObjectCategories/ant/a.jpg,101_ObjectCategories/ant/b.jpg"
+    file = tmp_path / "test_pairs_caltech_with_category.csv"
+    for far, wrong in ((90, 0), (9000, 1)):
+        file.write_text(f'a,b,class,XA,YA,XB,YB\n{names},8,"1,{far},9","1,1,9","1,9,9","1,1,9"\n')
+        assert len(check_pairs(tmp_path).wrong) == wrong
+    (said,) = check_pairs(tmp_path).wrong
+    assert said == (
+        "test, 000001-a-b:ant: source_mask[1] must lie in the photograph of 60 x 40, or beyond its border by at most 1 "
+        "of the longer side, got (9000, 1)"
+    )
+
+
+def test_a_pair_of_two_splits(tmp_path: Path) -> None:
+    spair(tmp_path, "val", "cat")
+    spair(tmp_path, "test", "cat", number=7)
+    spair(tmp_path, "test", "bus", number=8)
+    assert check_pairs(tmp_path).wrong == [
+        "test, 000007-a-b:cat: a pair must be in one split, and val has its photographs too"
+    ]
+
+
+def test_annotations_without_their_list(tmp_path: Path) -> None:
+    spair(tmp_path, "val", "cat")
+    spair(tmp_path, "test", "bus")
+    (tmp_path / "PairAnnotation" / "trn").mkdir()
+    layout = tmp_path / "Layout" / "large" / "test.txt"
+    layout.unlink()
+    report = check_pairs(tmp_path)
+    assert [split.name for split in report.splits] == ["val", "test"]
+    assert report.wrong == [f"root must be a folder in the layout of SPair-71k, but there is no {layout}"]
 
 
 def test_points_of_a_set_that_does_not_say_sizes(tmp_path: Path) -> None:

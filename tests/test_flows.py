@@ -86,6 +86,16 @@ def test_a_file_that_does_not_fit(tmp_path: Path, arrays: dict[str, Any], messag
         pair.truth((3, 4), (9, 9))
 
 
+def test_a_damaged_file_that_is_compressed(tmp_path: Path) -> None:
+    folder = make(tmp_path / "a", None)
+    np.savez_compressed(folder / "flow.npz", flow=FLOW)
+    content = bytearray((folder / "flow.npz").read_bytes())
+    content[58] = 0xFF  # where the compressed array begins: a kind of block there is none of
+    (folder / "flow.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"flow\.npz must be a file of numpy arrays \(\.npz\): "):
+        load_flows(folder)[0].truth((3, 4), (9, 9))
+
+
 @pytest.mark.parametrize("keep", [0, 5, 100])
 @pytest.mark.parametrize("text", [None, "no arrays"])
 def test_a_damaged_file(tmp_path: Path, keep: int, text: str | None) -> None:
@@ -121,6 +131,22 @@ def test_the_check_of_dense_pairs(tmp_path: Path) -> None:
     (tmp_path / "a" / "2.jpg").write_text("no photograph")
     wrong = check_pairs(tmp_path).wrong
     assert len(wrong) == 2 and "2.jpg must be an image file" in wrong[0] and "must hold a flow of numbers" in wrong[1]
+
+
+def test_the_check_goes_on_after_a_pair_that_cannot_be_read(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for name in ("a", "b", "c"):
+        make(tmp_path / name)
+        for image in ("1.png", "2.jpg"):
+            Image.new("RGB", (4, 3)).save(tmp_path / name / image)
+    (tmp_path / "a" / "2.jpg").unlink()
+    (tmp_path / "b" / "flow.npz").write_text("no arrays")
+    report = check_pairs(tmp_path)
+    assert (report.splits[0].pairs, report.splits[0].points) == (2, 12)
+    assert len(report.wrong) == 2
+    assert report.wrong[0].startswith(f"{tmp_path / 'a'} has no photograph 2.png")
+    assert report.wrong[1].startswith(f"{tmp_path / 'b' / 'flow.npz'} must be a file of numpy arrays")
 
 
 @pytest.mark.parametrize(("name", "pixels"), [("kitti", 75_453), ("aloe", 1_373_890)])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lpmflow.data import HomographyPair, load_homographies
+from lpmflow.data.check import check_pairs
 
 SHIFT = "1 0 3\n0 1 -2\n0 0 1\n"
 TILT = "2 0 1  0 2 0  0.5 0 1"
@@ -118,6 +119,20 @@ def test_a_file_that_holds_no_homography(tmp_path: Path, text: str) -> None:
     with pytest.raises(ValueError) as refused:
         load_homographies(folder)
     assert str(refused.value).startswith(f"{folder / 'H_1_3'} must hold 3 x 3 ")
+
+
+def test_the_check_says_all_that_is_wrong(tmp_path: Path) -> None:
+    from PIL import Image
+
+    folder = make(tmp_path / "wall", {"H_1_2": "1 0 0", "H_1_3": SHIFT, "H_1_4": SHIFT}, ())
+    for number in (1, 2, 4):
+        Image.new("RGB", (8, 6)).save(folder / f"{number}.png")
+    report = check_pairs(tmp_path)
+    assert [split.pairs for split in report.splits] == [1]
+    assert report.wrong == [
+        f"{folder / 'H_1_2'} must hold 3 x 3 finite numbers, got 3 values",
+        f"{folder} has no photograph 3.png (or .ppm, .jpg, .jpeg)",
+    ]
 
 
 def test_a_binary_file(tmp_path: Path) -> None:

@@ -57,6 +57,11 @@ def test_training_pairs_have_a_flip_flag(tmp_path: Path, name: str) -> None:
     assert len({pair.name for pair in pairs}) == 3
 
 
+def test_a_flip_flag_of_another_list_is_read_too(tmp_path: Path) -> None:
+    make(tmp_path, f"{ROW},0", f"{ROW},1", split="val")
+    assert [pair.flip for pair in load_pairs("pf-pascal", tmp_path, "val")] == [False, True]
+
+
 def test_columns_with_points_once_more_are_not_read(tmp_path: Path) -> None:
     make(tmp_path, f"{ROW},99;98,97;96,95;94,93;92")
     (pair,) = load_pairs("pf-pascal", tmp_path, "test")
@@ -143,7 +148,8 @@ def test_no_annotation_and_no_image(tmp_path: Path) -> None:
         ([[np.inf, 1]], [[1, 2, 3, 4]], "kps must be finite, or NaN where a point is not labelled"),
         ([[1, 1]], [[1, 2, 3]], r"bbox must be four finite numbers, got shape \(1, 3\)"),
         ([[1, 1]], [[1, 2, 3, np.nan]], "bbox must be four finite numbers"),
-        ([[1, 1]], [[5, 5, 5, 5]], "bbox must be x1, y1, x2, y2 with x1 < x2 or y1 < y2"),
+        ([[1, 1]], [[5, 5, 5, 5]], "bbox must be x1, y1, x2, y2 with x1 <= x2, y1 <= y2, and not a point"),
+        ([[1, 1]], [[30, 40, 5, 80]], "bbox must be x1, y1, x2, y2 with x1 <= x2, y1 <= y2, and not a point"),
     ],
 )
 def test_an_annotation_of_another_kind(tmp_path: Path, points: Any, box: Any, message: str) -> None:

@@ -13,6 +13,7 @@ import pytest
 from lpmflow.data import KeypointPair, load_spair
 
 NAME = "000001-left-right:cat"
+BOX = "must be x1, y1, x2, y2 with x1 <= x2, y1 <= y2, and not a point"
 FIELDS: dict[str, Any] = {
     "src_imname": "left.jpg",
     "trg_imname": "right.jpg",
@@ -20,14 +21,13 @@ FIELDS: dict[str, Any] = {
     "trg_kps": [[5, 6], [7, 8]],
     "src_bndbox": [0, 1, 9, 8],
     "trg_bndbox": [2, 3, 20, 30],
-    "category": "cat",
 }
 
 
 def make(root: Path, split: str = "val", name: str = NAME, colon: str = ":", **changed: Any) -> Path:
     """Add a pair to a folder in the layout; `changed` fields of its annotation, None to leave one out."""
-    fields = {key: value for key, value in {**FIELDS, **changed}.items() if value is not None}
     stem, _, category = name.rpartition(":")
+    fields = {key: value for key, value in {**FIELDS, "category": category, **changed}.items() if value is not None}
     annotation = root / "PairAnnotation" / split / f"{stem}{colon}{category}.json"
     for image in ("left.jpg", "right.jpg"):
         file = root / "JPEGImages" / category / image
@@ -66,6 +66,12 @@ def test_what_the_annotation_says_beside_the_points(tmp_path: Path) -> None:
     assert pair.point_ids is not None and pair.point_ids.dtype == np.int64 and pair.point_ids.tolist() == [3, 17]
     assert (pair.source_size, pair.target_size) == ((40, 60), (33, 25))
     assert pair.flip is False and pair.source_mask is None
+
+
+def test_a_box_may_be_one_pixel_wide(tmp_path: Path) -> None:
+    make(tmp_path, src_bndbox=[4, 1, 4, 8])
+    (pair,) = load_spair(tmp_path, "val")
+    assert pair.source_box is not None and pair.source_box.tolist() == [4, 1, 4, 8]
 
 
 def test_names_of_points_and_unknown_difficulties(tmp_path: Path) -> None:
@@ -118,6 +124,8 @@ def test_a_layout_file_of_another_kind(tmp_path: Path) -> None:
     assert refusal(tmp_path) == f"{layout} lists no pair"
     layout.write_text("000001-left-right\n", encoding="utf-8")
     assert refusal(tmp_path) == f"{layout} must list NUMBER-SOURCE-TARGET:category, got '000001-left-right'"
+    layout.write_text("../val/000001-left-right:cat\n", encoding="utf-8")
+    assert refusal(tmp_path).startswith(f"{layout} must list NUMBER-SOURCE-TARGET:category, got '../val/")
     layout.write_bytes(b"\xff\xfe\x00")
     assert refusal(tmp_path).startswith(f"{layout} must be text: ")
 
@@ -138,7 +146,7 @@ def test_no_image(tmp_path: Path, side: str) -> None:
     assert refusal(tmp_path, FileNotFoundError) == f"{annotation}: there is no image {image}"
 
 
-@pytest.mark.parametrize("field", [name for name in FIELDS if name != "category"])
+@pytest.mark.parametrize("field", FIELDS)
 def test_a_field_is_missing(tmp_path: Path, field: str) -> None:
     annotation = make(tmp_path, **{field: None})
     assert refusal(tmp_path) == f"{annotation}: has no '{field}'"
@@ -153,22 +161,35 @@ def test_a_field_is_missing(tmp_path: Path, field: str) -> None:
         ("src_kps", [[1, 2]], "src_kps and trg_kps must be equally many and at least one, got 1 and 2"),
         ("src_bndbox", [1, 2, 3], r"src_bndbox must be numbers of shape \(4\), got shape \(3,\)"),
         ("trg_bndbox", [[1, 2, 3, 4]], r"trg_bndbox must be numbers of shape \(4\)"),
-        ("trg_bndbox", [5, 5, 5, 5], "trg_bndbox must be x1, y1, x2, y2 with x1 < x2 or y1 < y2"),
-        ("src_bndbox", [9, 9, 3, 4], "src_bndbox must be x1, y1, x2, y2 with x1 < x2 or y1 < y2"),
+        ("trg_bndbox", [5, 5, 5, 5], f"trg_bndbox {BOX}"),
+        ("src_bndbox", [9, 9, 3, 4], f"src_bndbox {BOX}"),
+        ("src_bndbox", [9, 3, 3, 4], f"src_bndbox {BOX}"),
+        ("trg_bndbox", [3, 9, 4, 4], f"trg_bndbox {BOX}"),
         ("src_kps", [[1, 2], [3]], "."),
         ("src_kps", [[1, "two"], [3, 4]], "two"),
         ("src_kps", [[1, None], [3, 4]], "src_kps must be finite"),
         ("trg_kps", [[1, float("nan")], [3, 4]], "trg_kps must be finite"),
         ("trg_bndbox", [0, 0, float("inf"), 4], "trg_bndbox must be finite"),
         ("src_kps", {"x": 1}, "."),
-        ("src_imname", 7, "."),
+        ("src_kps", [[1, 10**400], [3, 4]], "int too large to convert to float"),
+        ("src_imname", 7, "src_imname must name a file below "),
+        ("src_imname", "", "src_imname must name a file below "),
+        ("src_imname", "../cat/left.jpg", "src_imname must name a file below "),
+        ("trg_imname", "/etc/hosts", "trg_imname must name a file below "),
+        ("trg_imname", "left.jpg", "src_imname and trg_imname must be two photographs, got left.jpg twice"),
+        ("category", "dog", "category must be that of the list, cat, got 'dog'"),
+        ("kps_ids", [10**30, 4], "."),
         ("kps_ids", ["1"], "kps_ids must be as many as src_kps, 2, got 1"),
         ("kps_ids", "12", "kps_ids must be a list of numbers or names, got '12'"),
         ("kps_ids", [1.5, 2], "kps_ids must be a list of numbers or names"),
-        ("src_imsize", [60, 0, 3], r"src_imsize must be \[width, height, channels\], got \[60, 0, 3\]"),
+        ("src_imsize", [60, 0, 3], r"src_imsize must be \[width, height, channels\] in whole pixels, got \[60, 0, 3\]"),
+        ("src_imsize", [60.9, 40, 3], r"src_imsize must be \[width, height, channels\] in whole pixels, got \[60\.9,"),
         ("trg_imsize", [10, 5, 3], r"target_points\[0\] must lie in the photograph of 10 x 5, or beyond "),
-        ("truncation", -1, "truncation must be a whole number from 0, got -1"),
-        ("viewpoint_variation", "2", "viewpoint_variation must be a whole number from 0, got '2'"),
+        ("truncation", -1, "truncation must be a whole number from 0 to 3, got -1"),
+        ("viewpoint_variation", "2", "viewpoint_variation must be a whole number from 0 to 2, got '2'"),
+        ("viewpoint_variation", 3, "viewpoint_variation must be a whole number from 0 to 2, got 3"),
+        ("mirror", 2, "mirror must be a whole number from 0 to 1, got 2"),
+        ("variation_flags_known", "no", "variation_flags_known must be true or false, got 'no'"),
     ],
 )
 def test_a_field_of_another_kind(tmp_path: Path, field: str, value: Any, message: str) -> None:

@@ -42,7 +42,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lpmflow.data.files import find_file, naming, parts_below, read_json
-from lpmflow.data.pairs import KeypointPair, Layout
+from lpmflow.data.pairs import KeypointPair, Layout, is_box
 
 POINTS = 17
 _LEAST = 3
@@ -241,12 +241,12 @@ def _animal(
     if points.shape != (3 * POINTS,) or not np.isfinite(points).all():
         raise ValueError(f"keypoints must be {3 * POINTS} finite numbers, got shape {points.shape}")
     box = np.array(annotation["bbox"], dtype=np.float64)
-    if box.shape != (4,) or not np.isfinite(box).all() or not (box[2:] > 0).any():
+    corners = np.concatenate((box[:2], box[:2] + box[2:])) if box.shape == (4,) else None
+    if corners is None or not np.isfinite(corners).all() or not is_box(corners):
         raise ValueError(f"bbox must be x, y, width, height with a side above 0, got {annotation['bbox']!r}")
     height, width = image["height"], image["width"]
     if not all(isinstance(side, (int, float)) and side >= 1 and side % 1 == 0 for side in (width, height)):
         raise ValueError(f"width and height must be whole numbers of at least 1, got {width!r} and {height!r}")
-    corners = np.concatenate((box[:2], box[:2] + box[2:]))
     family, name = str(category["supercategory"]), str(category["name"])
     return Animal(number, path, family, name, points.reshape(POINTS, 3), corners, (int(height), int(width)))
 

@@ -4,8 +4,8 @@
     101_ObjectCategories/accordion/image_0001.jpg
 
 XA and YA are the source object's outline, numbers separated by commas or semicolons inside one field, in 0-based pixels
-as later evaluations read them. The category is the photograph's folder. A pair has no points and no boxes: its outlines
-are `source_mask` and `target_mask`.
+as later evaluations read them. The category is the photograph's folder; the class, a number, says no more. A pair has
+no points and no boxes: its outlines are `source_mask` and `target_mask`.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ def _records(root: Path, split: str) -> list[Callable[[], KeypointPair]]:
 
 def _pair(root: Path, number: int, row: Row) -> KeypointPair:
     row.require(7)
+    row.numbers(row.fields[2:3], "the class")
     source, target = (_image(root, name, row) for name in row.fields[:2])
     outlines = [_outline(row, *row.fields[first : first + 2]) for first in (3, 5)]
     category = source.parent.name

@@ -12,20 +12,25 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from lpmflow.data.files import require_folder
-from lpmflow.data.flows import FlowPair, holds_flow, load_flows
-from lpmflow.data.homographies import HomographyPair, homography_files, load_homographies
+from lpmflow.data.flows import FlowPair, flow_records, holds_flow
+from lpmflow.data.homographies import HomographyPair, homography_files, homography_records
 from lpmflow.data.masks import read_mask
 from lpmflow.data.pairs import BENCHMARKS, KeypointPair, Layout, beyond, layout, pair_records, require_inside
 
+Pair = TypeVar("Pair")
 _HOLDS = {"hpatches": homography_files, "dense": holds_flow}
 KNOWN = (*BENCHMARKS, *_HOLDS)
 """The layouts that are recognised."""
 CAP = 20
 """Mistakes that are printed; the rest are counted."""
+_OUTLINE_BEYOND = 1.0
+"""How far beyond the border an outline may lie, as a part of the longer side: it is cut off there, so only what cannot
+be a hand's drawing is a mistake."""
 
 
 @dataclass
@@ -141,7 +146,11 @@ def check_pairs(
             report.sizes[path] = _size(path)
         except OSError as error:
             wrong.add(error)
+    first: dict[tuple[Path, Path, str], str] = {}
     for split, pair in pairs:
+        other = first.setdefault((pair.source, pair.target, pair.category), split)
+        if other != split:
+            wrong.add(f"{split}, {pair.name}: a pair must be in one split, and {other} has its photographs too")
         for sentence in _mistakes(pair, report):
             wrong.add(f"{split}, {pair.name}: {sentence}")
     report.wrong = wrong.sentences()
@@ -150,10 +159,14 @@ def check_pairs(
 
 def _check_dense(name: str, folder: Path, progress: Callable[[list[Path]], Iterable[Path]] | None) -> Report:
     """The same for pairs whose every pixel is known; a category is a folder."""
-    pairs: Sequence[HomographyPair | FlowPair] = (load_homographies if name == "hpatches" else load_flows)(folder)
+    records: Sequence[Callable[[], HomographyPair | FlowPair]] = (
+        homography_records(folder) if name == "hpatches" else flow_records(folder)
+    )
+    wrong = _Mistakes()
+    pairs = _readable(records, wrong)
     photographs = list(dict.fromkeys(path for pair in pairs for path in (pair.source, pair.target)))
     title = "HPatches" if name == "hpatches" else "dense flow"
-    report, split, wrong = Report(folder, title, unit="pixels"), SplitReport("all", len(pairs)), _Mistakes()
+    report, split = Report(folder, title, unit="pixels"), SplitReport("all", len(pairs))
     for path in progress(photographs) if progress else photographs:
         try:
             report.sizes[path] = _size(path)
@@ -203,12 +216,7 @@ def _pairs(found: Layout, folder: Path, split: str, report: Report, wrong: _Mist
     except (ValueError, OSError) as error:
         wrong.add(error)
         return []
-    pairs = []
-    for read in records:
-        try:
-            pairs.append(read())
-        except (ValueError, OSError) as error:
-            wrong.add(error)
+    pairs = _readable(records, wrong)
     summary.pairs = len(pairs)
     summary.points = sum(len(pair.source_points) for pair in pairs)
     summary.photographs = len({path for pair in pairs for path in (pair.source, pair.target)})
@@ -216,6 +224,17 @@ def _pairs(found: Layout, folder: Path, split: str, report: Report, wrong: _Mist
     for name, count in Counter(pair.name for pair in pairs).items():
         if count > 1:
             wrong.add(f"{split}, {name}: a pair must be listed once, and is listed {count} times")
+    return pairs
+
+
+def _readable(records: Iterable[Callable[[], Pair]], wrong: _Mistakes) -> list[Pair]:
+    """The pairs that can be read; notes why the others cannot."""
+    pairs = []
+    for read in records:
+        try:
+            pairs.append(read())
+        except (ValueError, OSError) as error:
+            wrong.add(error)
     return pairs
 
 
@@ -252,6 +271,8 @@ def _mistakes(pair: KeypointPair, report: Report) -> Iterable[str]:
             require_inside(f"{side}_points", points, size)
             if box is not None:
                 require_inside(f"{side}_box", box.reshape(2, 2), size)
+            if isinstance(mask, np.ndarray):
+                require_inside(f"{side}_mask", mask, size, _OUTLINE_BEYOND)
             if mask is not None:
                 read_mask(mask, size)
         except (ValueError, OSError) as error:

@@ -10,8 +10,11 @@ such pair, or folders that do.
 
 from __future__ import annotations
 
+import functools
 import os
 import zipfile
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +70,7 @@ class FlowPair:
                 if "flow" not in found:
                     raise ValueError(f"it has no array 'flow', only {', '.join(found) or 'none'}")
                 return found["flow"], found.get("valid")
-        except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"{self.file} must be a file of numpy arrays (.npz): {error}") from error
 
 
@@ -81,18 +84,20 @@ def load_flows(root: str | os.PathLike[str]) -> list[FlowPair]:
 
     Raises FileNotFoundError or NotADirectoryError when there is no such folder, no flow, or no photograph beside one.
     """
+    return [read() for read in flow_records(root)]
+
+
+def flow_records(root: str | os.PathLike[str]) -> list[Callable[[], FlowPair]]:
+    """The pairs of `load_flows`, each read when called, which raises FileNotFoundError for a photograph missing."""
     folder = require_folder(root)
     folders = [folder] if holds_flow(folder) else [one for one in sorted(folder.iterdir()) if holds_flow(one)]
     if not folders:
         raise FileNotFoundError(
             f"root must hold {' or '.join(_FILES)} beside photographs 1 and 2, or folders that do, got {str(root)!r}"
         )
-    return [FlowPair(one.resolve().name, *_photographs(one), _file(one)) for one in folders]
+    return [functools.partial(_pair, one) for one in folders]
 
 
-def _photographs(folder: Path) -> tuple[Path, Path]:
-    return numbered_photograph(folder, 1), numbered_photograph(folder, 2)
-
-
-def _file(folder: Path) -> Path:
-    return next(folder / name for name in _FILES if (folder / name).is_file())
+def _pair(folder: Path) -> FlowPair:
+    file = next(folder / name for name in _FILES if (folder / name).is_file())
+    return FlowPair(folder.resolve().name, numbered_photograph(folder, 1), numbered_photograph(folder, 2), file)

@@ -8,8 +8,10 @@ A folder is one such sequence, or holds them.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,18 +63,26 @@ def load_homographies(root: str | os.PathLike[str]) -> list[HomographyPair]:
     Raises FileNotFoundError or NotADirectoryError when there is no such folder, no homography, or an image is missing;
     ValueError naming a file that does not hold 3 x 3 finite numbers.
     """
+    return [read() for read in homography_records(root)]
+
+
+def homography_records(root: str | os.PathLike[str]) -> list[Callable[[], HomographyPair]]:
+    """The pairs of `load_homographies`, each read when called, which raises for what is wrong with it alone."""
     folder = require_folder(root)
     folders = [folder] if homography_files(folder) else [one for one in sorted(folder.iterdir()) if one.is_dir()]
-    pairs = []
-    for one in folders:
-        for number, file in homography_files(one).items():
-            images = numbered_photograph(one, 1), numbered_photograph(one, number)
-            pairs.append(HomographyPair(f"{one.resolve().name} 1-{number}", *images, _homography(file)))
-    if not pairs:
+    found: list[Callable[[], HomographyPair]] = [
+        functools.partial(_pair, one, number, file) for one in folders for number, file in homography_files(one).items()
+    ]
+    if not found:
         raise FileNotFoundError(
             f"root must hold files H_1_2, H_1_3, ... in the layout of HPatches, or folders that do, got {str(root)!r}"
         )
-    return pairs
+    return found
+
+
+def _pair(folder: Path, number: int, file: Path) -> HomographyPair:
+    images = numbered_photograph(folder, 1), numbered_photograph(folder, number)
+    return HomographyPair(f"{folder.resolve().name} 1-{number}", *images, _homography(file))
 
 
 def homography_files(folder: Path) -> dict[int, Path]:

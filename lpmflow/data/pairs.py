@@ -154,19 +154,28 @@ def _either(words: tuple[str, ...]) -> str:
     return words[0] if len(words) == 1 else f"one of {', '.join(words)}"
 
 
-def require_inside(name: str, points: NDArray[np.float64], size: tuple[int, int]) -> None:
+def require_inside(name: str, points: NDArray[np.float64], size: tuple[int, int], allowed: float = BEYOND) -> None:
     """ValueError when one of `points` (N, 2) is no point of a photograph of `size` (height, width).
 
-    Points of parts at the very border, marked by hand, lie a little outside here and there; up to `BEYOND` of the
+    Points of parts at the very border, marked by hand, lie a little outside here and there; up to `allowed` of the
     longer side is taken for that, more for a mistake.
     """
-    far = beyond(points, size) > BEYOND * max(size)
+    far = beyond(points, size) > allowed * max(size)
     if far.any():
         x, y = points[far.argmax()].tolist()
         raise ValueError(
             f"{name}[{far.argmax()}] must lie in the photograph of {size[1]} x {size[0]}, or beyond its border by at "
-            f"most {BEYOND:g} of the longer side, got ({x:g}, {y:g})"
+            f"most {allowed:g} of the longer side, got ({x:g}, {y:g})"
         )
+
+
+def is_box(corners: NDArray[np.float64]) -> bool:
+    """Whether (4,) are x1, y1, x2, y2 of an object: not turned round, and longer than nothing on one side.
+
+    A side of 0 is that of an object one pixel wide, whose last pixel PASCAL's boxes name.
+    """
+    sides = corners[2:] - corners[:2]
+    return bool((sides >= 0).all() and (sides > 0).any())
 
 
 def beyond(points: NDArray[np.float64], size: tuple[int, int]) -> NDArray[np.float64]:

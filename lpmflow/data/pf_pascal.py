@@ -1,13 +1,14 @@
 """PF-PASCAL: pairs of photographs of the 20 PASCAL classes with points and boxes.
 
     {trn,val,test}_pairs.csv                  source_image, target_image, class 1..20, and for trn a flip flag, 0 or 1
+                                              (read where a list for val or test has one too)
     JPEGImages/2008_006325.jpg                the photographs
     Annotations/aeroplane/2008_006325.mat     kps (n, 2), NaN where a point is not labelled, and bbox (1, 4)
 
 The lists are also found under the names {train,val,test}_pairs_pf_pascal.csv, whose further columns, points once more,
 are not read. A pair has the points labelled in both photographs, numbered by their row in `kps`; where one list of
-rows is shorter its missing rows are not labelled. A flip flag of 1 wants both photographs mirrored
-(`KeypointPair.flip`).
+rows is shorter its missing rows are not labelled, nor is a row with one number and one NaN: so the evaluations that use
+this set have it. A flip flag of 1 wants both photographs mirrored (`KeypointPair.flip`).
 
 Coordinates are taken as 0-based pixels, as they stand. The set's authors mark and evaluate in MATLAB, whose first pixel
 is 1, but every later evaluation reads the numbers as 0-based, and this reader does too, lest its figures be those of no
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 
 from lpmflow.data.files import Row, find_file, naming, read_table
 from lpmflow.data.matfile import read_mat
-from lpmflow.data.pairs import KeypointPair, Layout
+from lpmflow.data.pairs import KeypointPair, Layout, is_box
 
 CLASSES = (
     "aeroplane",
@@ -83,7 +84,7 @@ def _pair(root: Path, split: str, number: int, row: Row) -> KeypointPair:
     )
     count = min(len(source_rows), len(target_rows))
     labelled = np.isfinite(source_rows[:count]).all(axis=1) & np.isfinite(target_rows[:count]).all(axis=1)
-    flip = _flip(row) if split == "trn" else False
+    flip = _flip(row) if split == "trn" or len(row.fields) == 4 else False
     name = f"{number:06d}-{source.stem}-{target.stem}:{category}"
     with naming(row):
         if not labelled.any():
@@ -131,8 +132,10 @@ def _annotation(root: Path, category: str, stem: str, row: Row) -> tuple[NDArray
     if box.size != 4 or not np.isfinite(box).all():
         raise ValueError(f"{file}: bbox must be four finite numbers, got shape {box.shape}")
     corners = box.reshape(4)
-    if not (corners[:2] < corners[2:]).any():
-        raise ValueError(f"{file}: bbox must be x1, y1, x2, y2 with x1 < x2 or y1 < y2, got {corners.tolist()}")
+    if not is_box(corners):
+        raise ValueError(
+            f"{file}: bbox must be x1, y1, x2, y2 with x1 <= x2, y1 <= y2, and not a point, got {corners.tolist()}"
+        )
     return points, corners
 
 

@@ -19,16 +19,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lpmflow.data.files import naming, read_json, read_text
-from lpmflow.data.pairs import KeypointPair, Layout, load_pairs
+from lpmflow.data.files import naming, parts_below, read_json, read_text
+from lpmflow.data.pairs import KeypointPair, Layout, is_box, load_pairs
 
 _DIFFICULTY = {
-    "viewpoint": "viewpoint_variation",
-    "scale": "scale_variation",
-    "truncation": "truncation",
-    "occlusion": "occlusion",
-    "mirror": "mirror",
+    "viewpoint": ("viewpoint_variation", 2),
+    "scale": ("scale_variation", 2),
+    "truncation": ("truncation", 3),
+    "occlusion": ("occlusion", 3),
+    "mirror": ("mirror", 1),
 }
+"""Ours -> the field, and the highest value it has."""
 
 
 def load_spair(root: str | os.PathLike[str], split: str) -> list[KeypointPair]:
@@ -41,7 +42,14 @@ def load_spair(root: str | os.PathLike[str], split: str) -> list[KeypointPair]:
 
 
 def _present(root: Path) -> list[str]:
-    return [split for split in LAYOUT.splits if _list(root, split).is_file()]
+    """The splits with a list; beside one, also those whose list is missing though their annotations are there."""
+    listed = {split for split in LAYOUT.splits if _list(root, split).is_file()}
+    # without any list the annotations are those of another layout
+    return [split for split in LAYOUT.splits if listed and (split in listed or _is_annotated(root, split))]
+
+
+def _is_annotated(root: Path, split: str) -> bool:
+    return any((root / "PairAnnotation" / split).glob("*.json"))
 
 
 def _list(root: Path, split: str) -> Path:
@@ -60,7 +68,7 @@ def _records(root: Path, split: str) -> list[Callable[[], KeypointPair]]:
 
 def _pair(root: Path, split: str, name: str) -> KeypointPair:
     stem, colon, category = name.rpartition(":")
-    if not colon:
+    if not colon or "/" in name or "\\" in name:
         raise ValueError(f"{_list(root, split)} must list NUMBER-SOURCE-TARGET:category, got {name!r}")
     folder = root / "PairAnnotation" / split
     # Windows allows no colon in a file name, and some copies of the data set avoid it.
@@ -73,7 +81,14 @@ def _pair(root: Path, split: str, name: str) -> KeypointPair:
         points = [_array(fields, key, (-1, 2)) for key in ("src_kps", "trg_kps")]
         boxes = [_box(fields, key) for key in ("src_bndbox", "trg_bndbox")]
         sizes = [_size(fields, key) for key in ("src_imsize", "trg_imsize")]
-        source, target = (root / "JPEGImages" / category / fields[key] for key in ("src_imname", "trg_imname"))
+        if fields.get("category", category) != category:
+            raise ValueError(f"category must be that of the list, {category}, got {fields['category']!r}")
+        images = root / "JPEGImages" / category
+        source, target = (
+            images.joinpath(*parts_below(images, fields[key], key)) for key in ("src_imname", "trg_imname")
+        )
+        if source == target:
+            raise ValueError(f"src_imname and trg_imname must be two photographs, got {source.name} twice")
         if len(points[0]) != len(points[1]) or not len(points[0]):
             raise ValueError(
                 f"src_kps and trg_kps must be equally many and at least one, got {len(points[0])} and {len(points[1])}"
@@ -114,8 +129,8 @@ def _array(fields: dict[str, Any], key: str, shape: tuple[int, ...]) -> NDArray[
 
 def _box(fields: dict[str, Any], key: str) -> NDArray[np.float64]:
     box = _array(fields, key, (4,))
-    if not (box[:2] < box[2:]).any():
-        raise ValueError(f"{key} must be x1, y1, x2, y2 with x1 < x2 or y1 < y2, got {box.tolist()}")
+    if not is_box(box):
+        raise ValueError(f"{key} must be x1, y1, x2, y2 with x1 <= x2, y1 <= y2, and not a point, got {box.tolist()}")
     return box
 
 
@@ -123,10 +138,10 @@ def _size(fields: dict[str, Any], key: str) -> tuple[int, int] | None:
     """(height, width) of an image whose annotation says [width, height, channels]; None where it does not."""
     if key not in fields:
         return None
-    width, height, _ = _array(fields, key, (3,)).astype(int).tolist()
-    if width < 1 or height < 1:
-        raise ValueError(f"{key} must be [width, height, channels], got {fields[key]!r}")
-    return height, width
+    width, height, _ = _array(fields, key, (3,)).tolist()
+    if width < 1 or height < 1 or width % 1 or height % 1:
+        raise ValueError(f"{key} must be [width, height, channels] in whole pixels, got {fields[key]!r}")
+    return int(height), int(width)
 
 
 def _ids(fields: dict[str, Any]) -> NDArray[Any] | None:
@@ -141,12 +156,17 @@ def _ids(fields: dict[str, Any]) -> NDArray[Any] | None:
 
 
 def _difficulty(fields: dict[str, Any]) -> dict[str, int]:
-    if not fields.get("variation_flags_known", True):
+    known = fields.get("variation_flags_known", True)
+    if not isinstance(known, bool):
+        raise ValueError(f"variation_flags_known must be true or false, got {known!r}")
+    if not known:
         return {}
-    found = {name: fields[key] for name, key in _DIFFICULTY.items() if key in fields}
-    for name, value in found.items():
-        if type(value) is not int or value < 0:
-            raise ValueError(f"{_DIFFICULTY[name]} must be a whole number from 0, got {value!r}")
+    found = {}
+    for name, (key, highest) in _DIFFICULTY.items():
+        if key in fields:
+            found[name] = fields[key]
+            if type(found[name]) is not int or not 0 <= found[name] <= highest:
+                raise ValueError(f"{key} must be a whole number from 0 to {highest}, got {found[name]!r}")
     return found
 
 
