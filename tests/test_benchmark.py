@@ -435,7 +435,7 @@ def test_the_command_reads_symmetric_groups(
         (["--benchmark", "spair", "--root", "absent"], "--root must be a folder, but there is no 'absent'"),
         (["--benchmark", "hpatches", "--root", "absent"], "--root must be a folder, but there is no 'absent'"),
         (["--benchmark", "hpatches", "--root", "."], "--root must hold files H_1_2"),
-        (["--benchmark", "dense", "--root", "."], "--root must hold flow.npz or flow.flo beside"),
+        (["--benchmark", "dense", "--root", "."], "--root must hold flow.npz or flow.flo or flow.png beside"),
         (["--benchmark", "dense", "--root", ".", "--predictions", "x"], "--predictions must not be given for dense"),
         (["--benchmark", "dense", "--root", ".", "--pairs-csv", "x"], "--pairs-csv must not be given for dense"),
         (["--benchmark", "dense", "--root", ".", "--limit", "0"], "--limit must be at least 1, got 0"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,55 @@ def test_the_middlebury_format_and_its_mark_for_unknown(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found[known], flow[known])
 
 
+def write_png(file: Path, values: np.ndarray, depth: int = 16) -> None:
+    """(H, W, 3) uint16 as a PNG, the five filters of its rows by turns; of 8 bits the upper half is left out."""
+    size = 3 * depth // 8
+    rows = values.astype(">u2").view(np.uint8).reshape(len(values), -1) if depth == 16 else values.astype(np.uint8)
+    rows = rows.reshape(len(values), -1).astype(int)
+    packed, above = b"", np.zeros(rows.shape[1], int)
+    for number, row in enumerate(rows):
+        left, corner = (np.concatenate((np.zeros(size, int), one[:-size])) for one in (row, above))
+        near = np.abs(np.stack((above - corner, left - corner, left + above - 2 * corner)))
+        paeth = np.choose(near.argmin(axis=0), (left, above, corner))
+        guess = (0 * row, left, above, (left + above) // 2, paeth)[number % 5]
+        packed += bytes([number % 5]) + ((row - guess) % 256).astype(np.uint8).tobytes()
+        above = row
+    header = struct.pack(">IIBBBBB", values.shape[1], len(values), depth, 2, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(packed)), (b"IEND", b"")):
+        content += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    file.write_bytes(content)
+
+
+def test_the_kitti_format(tmp_path: Path) -> None:
+    """KITTI's own words: u = (R - 2^15) / 64, v = (G - 2^15) / 64, valid where B is not 0."""
+    random = np.random.default_rng(0)
+    values = random.integers(0, 2**16, (23, 37, 3), dtype=np.uint16)
+    values[..., 2] = random.integers(0, 2, (23, 37))
+    values[3, 4] = 2**15 + 64, 2**15 - 32, 1
+    folder = make(tmp_path / "a", None)
+    write_png(folder / "flow.png", values)
+    (pair,) = load_flows(folder)
+    found, known = pair.truth((23, 37), (9, 9))
+    np.testing.assert_array_equal(found, (values[..., :2].astype(float) - 2**15) / 64)
+    np.testing.assert_array_equal(known, values[..., 2] == 1)
+    assert found[3, 4].tolist() == [1, -0.5] and known[3, 4]
+
+
+def test_a_picture_is_no_flow(tmp_path: Path) -> None:
+    folder = make(tmp_path / "a", None)
+    file = folder / "flow.png"
+    write_png(file, np.full((3, 4, 3), 7), depth=8)
+    with pytest.raises(
+        ValueError, match=r"flow\.png must be a PNG of three colours of 16 bits, .*: its colours do not"
+    ):
+        load_flows(folder)[0].truth((3, 4), (9, 9))
+    write_png(file, np.random.default_rng(0).integers(0, 2**16, (30, 40, 3)))
+    file.write_bytes(file.read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"flow\.png must be a PNG of three colours of 16 bits, .*: .*truncated"):
+        load_flows(folder)[0].truth((30, 40), (9, 9))
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
@@ -107,7 +158,9 @@ def test_a_damaged_file(tmp_path: Path, keep: int, text: str | None) -> None:
 
 
 def test_folders_without(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"^root must hold flow\.npz or flow\.flo beside photographs 1 and 2, "):
+    with pytest.raises(
+        FileNotFoundError, match=r"^root must hold flow\.npz or flow\.flo or flow\.png beside photographs 1 and 2, "
+    ):
         load_flows(tmp_path)
     with pytest.raises(FileNotFoundError, match="^root must be a folder, but there is no "):
         load_flows(tmp_path / "absent")

@@ -3,6 +3,7 @@
     aloe/1.png aloe/2.png     (or .ppm, .jpg) the photograph the flow is of, and the one it leads to
     aloe/flow.npz             flow (H, W, 2), x and y in pixels of 1 and 2; valid (H, W), not 0 where it is known
     aloe/flow.flo             or this in its place, the Middlebury format
+    aloe/flow.png             or this, KITTI's: 16-bit red and green are 64 x and 64 y + 2^15, blue is `valid`
 
 Without `valid` the flow is known where it is finite; in a .flo file also only where it is below 1e9. A folder holds one
 such pair, or folders that do.
@@ -17,6 +18,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +27,7 @@ from lpmflow.data.files import require_folder
 from lpmflow.data.homographies import Truth, numbered_photograph
 from lpmflow.flowfile import read_flo
 
-_FILES = ("flow.npz", "flow.flo")
+_FILES = ("flow.npz", "flow.flo", "flow.png")
 _UNKNOWN = 1e9
 
 
@@ -44,7 +46,7 @@ class FlowPair:
         Raises OSError or ValueError naming the file when it is damaged, does not hold such arrays, is of another size
         than the source, or knows no pixel.
         """
-        flow, valid = self._npz() if self.file.suffix == ".npz" else (read_flo(self.file), None)
+        flow, valid = _READERS[self.file.suffix](self.file)
         if flow.shape != (*source_size, 2) or flow.dtype.kind not in "fiu":
             raise ValueError(
                 f"{self.file} must hold a flow of numbers of shape ({source_size[0]}, {source_size[1]}, 2), that of "
@@ -62,16 +64,47 @@ class FlowPair:
             raise ValueError(f"{self.file} must know the flow of at least one pixel")
         return flow, known
 
-    def _npz(self) -> tuple[NDArray[np.float64], NDArray[np.bool_] | None]:
-        if not zipfile.is_zipfile(self.file):
-            raise ValueError(f"{self.file} must be a file of numpy arrays (.npz), which it is not")
-        try:
-            with np.load(self.file, allow_pickle=False) as found:
-                if "flow" not in found:
-                    raise ValueError(f"it has no array 'flow', only {', '.join(found) or 'none'}")
-                return found["flow"], found.get("valid")
-        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"{self.file} must be a file of numpy arrays (.npz): {error}") from error
+
+def _npz(file: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    if not zipfile.is_zipfile(file):
+        raise ValueError(f"{file} must be a file of numpy arrays (.npz), which it is not")
+    try:
+        with np.load(file, allow_pickle=False) as found:
+            if "flow" not in found:
+                raise ValueError(f"it has no array 'flow', only {', '.join(found) or 'none'}")
+            return found["flow"], found.get("valid")
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{file} must be a file of numpy arrays (.npz): {error}") from error
+
+
+def _flo(file: Path) -> tuple[NDArray[Any], None]:
+    return read_flo(file), None
+
+
+def _png(file: Path) -> tuple[NDArray[Any], NDArray[Any]]:
+    # Pillow has no colours of 16 bits. Told that the bytes, which come highest first, come lowest first, it gives the
+    # lower of the two as colours of 8 bits.
+    values = 256 * _colours(file, "RGB;16B").astype(np.int64) + _colours(file, "RGB;16L")
+    return (values[..., :2] - 2**15) / 64, values[..., 2]
+
+
+def _colours(file: Path, order: str) -> NDArray[np.uint8]:
+    from PIL import Image
+
+    try:
+        with Image.open(file, formats=["PNG"]) as opened:
+            image: Any = opened
+            (codec, box, offset, stored), *others = image.tile
+            if stored != "RGB;16B" or others:
+                raise ValueError("its colours do not have 16 bits")
+            image.tile = [(codec, box, offset, order)]
+            return np.asarray(image)
+    except Exception as error:
+        raise ValueError(f"{file} must be a PNG of three colours of 16 bits, as KITTI has it: {error}") from error
+
+
+_READERS: dict[str, Callable[[Path], tuple[NDArray[Any], NDArray[Any] | None]]]
+_READERS = {".npz": _npz, ".flo": _flo, ".png": _png}
 
 
 def holds_flow(folder: Path) -> bool:
