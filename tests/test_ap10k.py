@@ -204,7 +204,7 @@ def test_a_list_is_missing(tmp_path: Path, name: str) -> None:
         ({"bbox": [10, 20, -5, 30]}, "bbox must be x, y, width, height with a side above 0, got "),
         ({"bbox": [1, 2, 3]}, "bbox must be x, y, width, height"),
         ({"category_id": 9}, "its image and its category must be in the same lists"),
-        ({"keypoints": [10**400] * 51}, "int too large to convert to float"),
+        ({"keypoints": [10**400] * 51}, "must hold no number so large: "),
         ({"image_id": 99}, "its image and its category must be in the same lists"),
     ],
 )
@@ -263,6 +263,16 @@ def test_an_image_of_another_kind(tmp_path: Path, changed: dict[str, Any], messa
     made.add(2, 1, into="val")
     made.lists["val"]["images"][0].update(changed)
     with pytest.raises(ValueError, match=rf"ap10k-val-split1\.json, annotation 1002: {message}"):
+        load_pairs("ap-10k", made.write(), "test")
+
+
+@pytest.mark.parametrize("key", ["images", "annotations", "categories"])
+@pytest.mark.parametrize("found", [{}, [[1]], ["1"]])
+def test_a_list_that_holds_no_objects(tmp_path: Path, key: str, found: Any) -> None:
+    made = Set(tmp_path)
+    made.add(1, 1)
+    made.lists["val"][key] = found
+    with pytest.raises(ValueError, match=rf"ap10k-val-split1\.json: {key} must be a list of objects$"):
         load_pairs("ap-10k", made.write(), "test")
 
 

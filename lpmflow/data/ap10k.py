@@ -146,12 +146,12 @@ def _species(root: Path) -> tuple[dict[tuple[str, str], list[Animal]], list[Exce
             raise FileNotFoundError(f"root must be a folder in the layout of AP-10K, but there is no {file}")
         fields = read_json(file)
         with naming(file):
-            for image in fields["images"]:
+            for image in _objects(fields, "images"):
                 if image["id"] in images:
                     raise ValueError(f"image {image['id']} must be in one list of split 1, and is in two")
                 images[image["id"]] = image
-            categories.update({category["id"]: category for category in fields["categories"]})
-            for annotation in fields["annotations"]:
+            categories.update({category["id"]: category for category in _objects(fields, "categories")})
+            for annotation in _objects(fields, "annotations"):
                 if type(annotation["image_id"]) is not int:
                     raise ValueError(
                         f"image_id must be a whole number, got {annotation['image_id']!r} in annotation "
@@ -179,6 +179,13 @@ def _species(root: Path) -> tuple[dict[tuple[str, str], list[Animal]], list[Exce
             continue
         found.setdefault((animal.family, animal.species), []).append(animal)
     return dict(sorted(found.items())), wrong
+
+
+def _objects(fields: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    found = fields[key]
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise ValueError(f"{key} must be a list of objects")
+    return found
 
 
 def _built(species: dict[tuple[str, str], list[Animal]], split: str) -> Iterator[tuple[str, Animal, Animal]]:

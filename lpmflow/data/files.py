@@ -25,6 +25,8 @@ def naming(record: object) -> Iterator[None]:
         yield
     except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
         what = f"has no {error}" if isinstance(error, KeyError) else str(error)
+        if isinstance(error, OverflowError):
+            what = f"must hold no number so large: {error}"
         raise ValueError(f"{record}: {what}") from error
 
 
