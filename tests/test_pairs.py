@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import lpmflow.data
 from lpmflow.data import BENCHMARKS, KeypointPair, load_pairs
 from lpmflow.data.pairs import beyond, layout
 
@@ -96,7 +97,7 @@ def test_every_layout_has_its_name(name: str, tmp_path: Path) -> None:
     assert found.present(tmp_path) == [] == found.present(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("name", ["pascal", "", "SPAIR", "hpatches"])
+@pytest.mark.parametrize("name", ["pascal", "", "SPAIR"])
 def test_an_unknown_benchmark(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError) as refused:
         load_pairs(name, tmp_path, "test")
@@ -119,3 +120,10 @@ def test_a_folder_that_is_not_there(tmp_path: Path, name: str) -> None:
         load_pairs(name, tmp_path, "test")
     with pytest.raises(FileNotFoundError, match="^root must be a folder, but there is no '.*absent'$"):
         load_pairs(name, tmp_path / "absent", "test")
+
+
+@pytest.mark.parametrize(("name", "reader"), [("hpatches", "load_homographies"), ("dense", "load_flows")])
+def test_sets_of_dense_truth_have_readers_of_their_own(name: str, reader: str) -> None:
+    with pytest.raises(ValueError, match=f"got '{name}': lpmflow.data.{reader} reads its pairs"):
+        load_pairs(name, ".", "test")
+    assert callable(getattr(lpmflow.data, reader))

@@ -120,6 +120,12 @@ BENCHMARKS = tuple(_HOMES)
 
 def layout(benchmark: str) -> Layout:
     """The layout of a data set by name; ValueError when it is none of `BENCHMARKS`."""
+    dense = {"hpatches": "load_homographies", "dense": "load_flows"}
+    if benchmark in dense:
+        raise ValueError(
+            f"benchmark must be one whose pairs have keypoints or masks ({', '.join(BENCHMARKS)}), got {benchmark!r}: "
+            f"lpmflow.data.{dense[benchmark]} reads its pairs"
+        )
     if benchmark not in _HOMES:
         raise ValueError(f"benchmark must be one of {', '.join(BENCHMARKS)}, got {benchmark!r}")
     found: Layout = importlib.import_module(_HOMES[benchmark]).LAYOUT
