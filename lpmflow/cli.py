@@ -185,10 +185,10 @@ def run_match(args: argparse.Namespace) -> None:
         if path is not None and not path.parent.is_dir():
             raise OSError(f"{option} must name a file in an existing folder, got {str(path)!r}")
 
-    from lpmflow.images import load_image
+    from lpmflow.images import load_pixels
     from lpmflow.matcher import Matcher
 
-    source, target = (load_image(path, name) for name, path in (("A", args.source), ("B", args.target)))
+    source, target = (load_pixels(path, name) for name, path in (("A", args.source), ("B", args.target)))
     match = Matcher(**_matcher_arguments(args))(source, target)
     _print_points(match, args.points)
     for path in (args.output, args.save_flow):

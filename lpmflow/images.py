@@ -48,6 +48,14 @@ def load_image(image: ImageLike, name: str = "image") -> Tensor:
     no image or has another dtype, ValueError for a wrong shape, an image without pixels, and values that are not
     finite or not in [0, 1]. The file's docstring says what is accepted.
     """
+    pixels = load_pixels(image, name)
+    return pixels if pixels.is_floating_point() else (pixels.to(torch.float32) / 255).contiguous()
+
+
+def load_pixels(image: ImageLike, name: str = "image") -> Tensor:
+    """The same (3, H, W), in the numbers it has where these are opaque colours of 8 bits: a new tensor, uint8, in any
+    order of memory. `preprocess` and `to_uint8` take it as it is, which for a large photograph is several times faster.
+    """
     if isinstance(image, (str, bytes, os.PathLike)):
         return _from_file(image, name)
     if isinstance(image, Tensor):
@@ -80,17 +88,20 @@ def image_size(path: str | bytes | os.PathLike[Any], name: str = "image") -> tup
 
 
 def to_uint8(image: Tensor) -> NDArray[np.uint8]:
-    """A float image (3, H, W) in [0, 1] as a numpy array (H, W, 3) uint8, rounded."""
-    return np.ascontiguousarray((image * 255).round_().to(torch.uint8).permute(1, 2, 0).numpy())
+    """An image (3, H, W), float in [0, 1], which is rounded, or uint8, as a numpy array (H, W, 3) uint8."""
+    pixels = image if image.dtype == torch.uint8 else (image * 255).round_().to(torch.uint8)
+    return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
 
 
 def preprocess(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """An image (3, H, W) in [0, 1] as the network wants it: squashed to `size` (height, width), normalised.
+    """An image (3, H, W), float in [0, 1] or uint8, as the network wants it: squashed to `size` (height, width),
+    normalised.
 
     The resize is bilinear and antialiased, whatever the aspect ratio; the normalisation is `normalize`.
     """
-    squashed = F.interpolate(image[None], size, mode="bilinear", align_corners=False, antialias=True)[0]
-    return normalize(squashed)
+    values = image.to(torch.float32)
+    squashed = F.interpolate(values[None], size, mode="bilinear", align_corners=False, antialias=True)[0]
+    return normalize(squashed / 255 if image.dtype == torch.uint8 else squashed)
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -200,7 +211,7 @@ def _from_array(array: NDArray[Any], name: str) -> Tensor:
     else:
         _refuse_dtype(name, array.dtype)
     tensor = torch.from_numpy(array)
-    return _to_unit(tensor[None] if array.ndim == 2 else tensor.permute(2, 0, 1), name)
+    return _as_colours(tensor[None] if array.ndim == 2 else tensor.permute(2, 0, 1), name)
 
 
 def _from_tensor(tensor: Tensor, name: str) -> Tensor:
@@ -216,8 +227,8 @@ def _from_tensor(tensor: Tensor, name: str) -> Tensor:
         raise TypeError(f"{name} must be a dense tensor with data, got layout {tensor.layout} on {tensor.device}")
     if not tensor.is_floating_point() and tensor.dtype not in _FULL_SCALE:
         _refuse_dtype(name, tensor.dtype)
-    tensor = tensor.detach().cpu()
-    return _to_unit(tensor[None] if tensor.ndim == 2 else tensor, name)
+    tensor = tensor.detach().to("cpu", copy=tensor.dtype == torch.uint8)
+    return _as_colours(tensor[None] if tensor.ndim == 2 else tensor, name)
 
 
 def _refuse_dtype(name: str, dtype: object) -> None:
@@ -226,8 +237,9 @@ def _refuse_dtype(name: str, dtype: object) -> None:
     )
 
 
-def _to_unit(tensor: Tensor, name: str) -> Tensor:
-    """A checked (1, 3 or 4, H, W) tensor of any accepted dtype as RGB in [0, 1]."""
+def _as_colours(tensor: Tensor, name: str) -> Tensor:
+    """A checked (1, 3 or 4, H, W) tensor of any accepted dtype as RGB: uint8 as it is, unless something shines through,
+    and everything else in [0, 1]."""
     if 0 in tensor.shape:
         raise ValueError(
             f"{name} must have at least one pixel, got height {tensor.shape[1]} and width {tensor.shape[2]}"
@@ -241,6 +253,8 @@ def _to_unit(tensor: Tensor, name: str) -> Tensor:
                 f"{name} must lie in [0, 1] when it is floating point, got values from {lowest:g} to {highest:g}"
             )
         values = tensor.to(torch.float32).clamp(0, 1)
+    elif tensor.dtype == torch.uint8 and tensor.shape[0] != 4:
+        return tensor.expand(3, -1, -1)
     else:
         values = tensor.to(torch.float32) / _FULL_SCALE[tensor.dtype]
     if values.shape[0] == 4:

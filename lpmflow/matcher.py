@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lpmflow.images import ImageLike, load_image, preprocess, to_uint8
+from lpmflow.images import ImageLike, load_pixels, preprocess, to_uint8
 from lpmflow.memory import explained, require_room
 from lpmflow.result import Match
 
@@ -168,7 +168,7 @@ class Matcher:
 
     def _read(self, image: ImageLike, name: str) -> _Read:
         """What the network sees of an image, and the image itself."""
-        pixels = load_image(image, name)
+        pixels = load_pixels(image, name)
         return preprocess(pixels, self.model.config.input_size), to_uint8(pixels)
 
     def _match(self, pairs: list[tuple[_Read, _Read]], names: list[str], batch_size: int = 1) -> list[Match]:

@@ -12,7 +12,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from lpmflow.images import IMAGENET_MEAN, IMAGENET_STD, image_size, load_image, normalize, preprocess, to_uint8
+from lpmflow.images import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    image_size,
+    load_image,
+    load_pixels,
+    normalize,
+    preprocess,
+    to_uint8,
+)
 
 
 def expected(array: np.ndarray) -> torch.Tensor:
@@ -371,3 +380,34 @@ def test_the_size_of_a_jpeg_is_read_from_its_header(tmp_path):
         load_image(path, "source")
     with pytest.raises(FileNotFoundError, match="source must be the path of an image file, but there is no file"):
         image_size(tmp_path / "b.jpg", "source")
+
+
+def kinds(photo):
+    """The same photograph in every form whose pixels are kept as they are."""
+    array, tensor = photo.copy(), torch.from_numpy(photo.copy())
+    return {
+        "PIL": Image.fromarray(photo), "array": array, "gray": array[..., 0], "tensor": tensor.permute(2, 0, 1),
+        "dense": tensor.permute(2, 0, 1).contiguous(), "gray tensor": tensor[..., 1],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["PIL", "array", "gray", "tensor", "dense", "gray tensor"])
+def test_pixels_are_kept_as_they_are(photo, kind):
+    image = kinds(photo)[kind]
+    pixels, unit = load_pixels(image), load_image(image)
+    assert pixels.dtype == torch.uint8 and pixels.shape == unit.shape
+    torch.testing.assert_close(pixels.float() / 255, unit, rtol=0, atol=0)
+    assert (to_uint8(pixels) == to_uint8(unit)).all()
+    torch.testing.assert_close(preprocess(pixels, (24, 40)), preprocess(unit, (24, 40)), rtol=0, atol=2e-6)
+    if kind != "PIL":  # nothing that is done to the image later is seen
+        before = to_uint8(pixels)
+        image[:] = 7
+        assert (to_uint8(pixels) == before).all() and (before != 7).any()
+
+
+def test_pixels_of_other_kinds_are_those_of_load_image(photo):
+    see_through = np.dstack((photo, np.full(photo.shape[:2], 100, np.uint8)))
+    for image in (photo.astype(np.uint16) * 257, photo / 255, photo > 99, see_through):
+        pixels = load_pixels(image)
+        assert pixels.dtype == torch.float32
+        torch.testing.assert_close(pixels, load_image(image), rtol=0, atol=0)

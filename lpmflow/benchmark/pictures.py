@@ -14,7 +14,7 @@ from lpmflow.data.pairs import KeypointPair
 from lpmflow.evaluation import Scores
 from lpmflow.evaluation.protocols import FORWARD
 from lpmflow.flowfile import replacing
-from lpmflow.images import load_image, to_uint8
+from lpmflow.images import load_pixels, to_uint8
 from lpmflow.visualize import prediction_figure
 
 
@@ -42,7 +42,7 @@ def draw_worst(
     for rank, number in enumerate(scores.worst(count), 1):
         pair = pairs[number]
         sides = ("source", "target") if rule.direction == FORWARD else ("target", "source")
-        images = [to_uint8(load_image(getattr(pair, side), side)) for side in sides]
+        images = [to_uint8(load_pixels(getattr(pair, side), side)) for side in sides]
         own = np.flatnonzero(scores.owners == number)
         title = f"{pair.name}, {right[own].sum()} of {len(own)} right at alpha {alpha:g} ({rule.name})"
         if np.isfinite(errors[number]):

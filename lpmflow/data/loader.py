@@ -25,7 +25,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from lpmflow.data.pairs import KeypointPair, require_inside
 from lpmflow.geometry import Size, pixels_to_cells
-from lpmflow.images import image_size, load_image
+from lpmflow.images import image_size, load_pixels
 from lpmflow.memory import free_memory
 
 
@@ -106,11 +106,15 @@ class PairDataset(Dataset[PairSample]):
             self._cache = _Cache(min(self.cache_bytes, _share_of_free_memory()))
         found = self._cache.get(path)
         if found is None:
-            image = load_image(path, name)
+            image = load_pixels(path, name)
             original = (image.shape[1], image.shape[2])
             if self.size is not None and self.size != original:
-                image = F.interpolate(image[None], self.size, mode="bilinear", align_corners=False, antialias=True)[0]
-            found = (image.mul_(255).round_().to(torch.uint8), original)
+                levels = image.to(torch.float32) * (1 if image.dtype == torch.uint8 else 255)
+                image = F.interpolate(levels[None], self.size, mode="bilinear", align_corners=False, antialias=True)[0]
+                image = image.round_().to(torch.uint8)
+            elif image.dtype != torch.uint8:
+                image = (image * 255).round_().to(torch.uint8)
+            found = (image.contiguous(), original)
             self._cache.put(path, found)
         return found
 
