@@ -52,7 +52,7 @@ examples:
   lpmflow evaluate --benchmark pf-willow --root PF-WILLOW --model trained.safetensors --json out.json --worst 9 worst
   lpmflow evaluate --benchmark pf-willow --root PF-WILLOW --model identity
   lpmflow evaluate --benchmark hpatches --root hpatches-sequences-release
-  lpmflow evaluate --benchmark dense --root FOLDER   1.png, 2.png and flow.npz or flow.flo, or folders of these
+  lpmflow evaluate --benchmark dense --root FOLDER   1.png, 2.png and flow.npz, .flo or .png, or folders of these
 
 A figure means nothing without its protocol, which says what is measured against what; lpmflow/evaluation/README.md
 describes each. --model identity matches nothing: what the data set gives away for nothing.
