@@ -423,6 +423,11 @@ def test_the_command_reads_symmetric_groups(
     assert cli.main(argv) == 1 and "--groups must be a JSON file, but there is no file" in capsys.readouterr().err
     groups.write_text('{"cup": 3}')
     assert cli.main(argv) == 1 and "must hold lists of groups by category" in capsys.readouterr().err
+    documented = Path(lpmflow.__file__).parent / "evaluation" / "README.md"
+    groups.write_text(documented.read_text(encoding="utf-8").split("```json\n")[1].split("```")[0])
+    assert cli.main(argv) == 1 and capsys.readouterr().err.endswith(
+        "groups must name a category of these pairs, cup, got cat\n"
+    )
     groups.write_text('{"cup": [[4, 9]]}')
     assert cli.main(argv) == 0
     out = capsys.readouterr().out
