@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lpmflow.data import KeypointPair, loader
 from lpmflow.data.loader import PairDataset, collate
-from lpmflow.images import load_pixels
+from lpmflow.images import load_image, load_pixels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -78,7 +78,7 @@ def test_points_follow_the_photograph(pair: KeypointPair, flip: bool) -> None:
 def test_squashed_as_the_network_is_given_it(pair: KeypointPair, size: tuple[int, int]) -> None:
     (sample,) = PairDataset([pair], size)
     for name in ("source", "target"):
-        image = load_pixels(getattr(pair, name))[None]
+        image = load_image(getattr(pair, name))[None]
         wanted = F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)[0]
         assert (getattr(sample, name) / 255 - wanted).abs().max() <= 0.5 / 255 + 1e-6
     height, width = size
