@@ -14,6 +14,8 @@ import torch
 import triton
 from torch import Tensor
 
+from lpmflow_kernels._checks import with_memory
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _OLDEST = (3, 4)
@@ -111,18 +113,21 @@ def strided(pointer: str, x: Tensor | None, stride: str, axes: str) -> dict[str,
     return {pointer: x, **{f"{stride}{axis}": step for axis, step in zip(axes, steps, strict=True)}}
 
 
-def define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """The operator `lpmflow::name`, on CUDA devices and, where Triton interprets its kernels, on the CPU."""
-    op = f"lpmflow::{name}"
-    torch.library.define(op, schema, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.impl(op, ("CUDA", "CPU") if _INTERPRETED else "CUDA")(run)
-    torch.library.register_fake(op)(fake)
-    torch.library.register_vmap(op)(functools.partial(_refuse_vmap, name))
+def define(op: str, name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """The operator `lpmflow::name` of `op`, on CUDA devices and, where Triton interprets its kernels, on the CPU.
+
+    `fake` also refuses shapes, types and devices that do not fit, and `run` calls it for its outputs.
+    """
+    full = f"lpmflow::{name}"
+    torch.library.define(full, schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(full, ("CUDA", "CPU") if _INTERPRETED else "CUDA")(with_memory(op, run))
+    torch.library.register_fake(full)(fake)
+    torch.library.register_vmap(full)(functools.partial(_refuse_vmap, op))
 
 
-def _refuse_vmap(name: str, info: Any, in_dims: Any, *args: Any) -> Any:
+def _refuse_vmap(op: str, info: Any, in_dims: Any, *args: Any) -> Any:
     raise RuntimeError(
-        f"{name}: torch.func.vmap is not supported; the op has a batch dimension, B, of its own (backend='reference' "
+        f"{op}: torch.func.vmap is not supported; the op has a batch dimension, B, of its own (backend='reference' "
         f"supports vmap)"
     )
 

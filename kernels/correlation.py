@@ -34,7 +34,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lpmflow_kernels._checks import check_range, check_tensor
+from lpmflow_kernels._contracts import check_correlation, check_correlation_gradients
 from lpmflow_kernels._launch import (
+    DTYPES,
     Tiles,
     define,
     dense_rows,
@@ -222,7 +225,7 @@ def backward(
     scale: float,
     prefix: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = grads = _grads(grad_attended, grad_corr, q, k, v)
+    dq, dk, dv = grads = _grads(grad_attended, grad_corr, q, k, v, attended, stats, scale, prefix)
     if grad_corr is not None and grad_corr.numel() == 0:
         grad_corr = None
     if dq.numel() == 0 or (grad_attended is None and grad_corr is None):
@@ -230,6 +233,7 @@ def backward(
     if scale < 0:
         dq, dk, dv = backward(grad_attended, grad_corr, -q, k, v, attended, stats, -scale, prefix)
         return -dq, dk, dv
+    attended, stats = attended.contiguous(), stats.contiguous()
     arguments = _arguments(q, k, v, scale, prefix)
     arguments |= {"p_attended": attended, "p_largest": stats[0], "p_inverse": stats[1]}
     arguments |= strided("p_da", grad_corr, "stride_a", "bnm")
@@ -277,15 +281,33 @@ def _launch_per_head(kernel: Any, name: str, x: Tensor, arguments: dict[str, Any
 
 
 def _outputs(q: Tensor, k: Tensor, v: Tensor, scale: float, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+    _check(q, k, v, prefix)
     batch, heads, n, _ = q.shape
     corr = q.new_empty((batch, n - prefix, k.shape[2] - prefix), dtype=torch.float32)
     return q.new_empty(q.shape), corr, q.new_empty((2, batch, heads, n), dtype=torch.float32)
 
 
 def _grads(
-    grad_attended: Any, grad_corr: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any
+    grad_attended: Tensor | None,
+    grad_corr: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attended: Tensor,
+    stats: Tensor,
+    scale: float,
+    prefix: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check(q, k, v, prefix)
+    check_correlation_gradients(grad_attended, grad_corr, q, k, prefix)
+    check_tensor(OP, "attended", attended, tuple(q.shape), q, q.dtype)
+    check_tensor(OP, "stats", stats, (2, *q.shape[:3]), q, torch.float32)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, prefix: int) -> None:
+    check_correlation(q, k, v, prefix, DTYPES)
+    check_range(OP, "the head width D", q.shape[3], 0, MAX_WIDTH)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -304,12 +326,14 @@ def _differentiate(ctx: Any, grad_attended: Tensor | None, grad_corr: Tensor | N
 
 
 define(
+    OP,
     "correlation_triton",
     "(Tensor q, Tensor k, Tensor v, float scale, SymInt prefix) -> (Tensor, Tensor, Tensor)",
     forward,
     _outputs,
 )
 define(
+    OP,
     "correlation_triton_backward",
     "(Tensor? grad_attended, Tensor? grad_corr, Tensor q, Tensor k, Tensor v, Tensor attended, Tensor stats, "
     "float scale, SymInt prefix) -> (Tensor, Tensor, Tensor)",

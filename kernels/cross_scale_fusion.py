@@ -39,6 +39,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lpmflow_kernels._checks import check_tensor
+from lpmflow_kernels._contracts import check_cross_scale_fusion, check_cross_scale_fusion_gradient
 from lpmflow_kernels._interpolate import (
     Scale,
     axis_step,
@@ -49,7 +51,7 @@ from lpmflow_kernels._interpolate import (
     share_of_next,
     tile_offsets,
 )
-from lpmflow_kernels._launch import Tiles, define, dense_rows, launch, refuse_second_order, why_not_on_device
+from lpmflow_kernels._launch import DTYPES, Tiles, define, dense_rows, launch, refuse_second_order, why_not_on_device
 from lpmflow_kernels.cross_scale_fusion_backward import grad_corr_kernel, grad_tables_kernel
 
 __all__ = ["configuration", "cross_scale_fusion", "why_not"]
@@ -203,7 +205,9 @@ def backward(
     largest: Tensor,
     tables: bool = True,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    grads, grad_x, grad_y = _grads(grad_mapping, corrs, grids, out_grid, temperature, x, y)
+    grads, grad_x, grad_y = _grads(
+        grad_mapping, corrs, grids, out_grid, temperature, x, y, mapping, confidence, largest, tables
+    )
     if mapping.numel() == 0:
         return grads, grad_x.zero_(), grad_y.zero_()
     batch, (h, w) = len(corrs[0]), out_grid
@@ -293,6 +297,7 @@ def _launch(kernel: Any, programs: int, tiles: Tiles, arguments: dict[str, Any])
 def _outputs(
     corrs: list[Tensor], grids: list[int], out_grid: list[int], temperature: float, x: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check(corrs, grids, out_grid, x, y)
     cells = (corrs[0].shape[0], len(corrs), *out_grid)
     mapping = corrs[0].new_empty((*cells[:2], 2, *cells[2:]), dtype=torch.float32)
     return mapping, corrs[0].new_empty(cells, dtype=torch.float32), corrs[0].new_empty(cells, dtype=torch.float32)
@@ -306,9 +311,23 @@ def _grads(
     temperature: float,
     x: Tensor,
     y: Tensor,
-    *_: Any,
+    mapping: Tensor,
+    confidence: Tensor,
+    largest: Tensor,
+    tables: bool = True,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
+    out = _check(corrs, grids, out_grid, x, y)
+    check_cross_scale_fusion_gradient(grad_mapping, corrs, out, mapping, confidence, largest)
     return [corr.new_empty(corr.shape) for corr in corrs], x.new_empty(x.shape), y.new_empty(y.shape)
+
+
+def _check(corrs: list[Tensor], grids: list[int], out_grid: list[int], x: Tensor, y: Tensor) -> list[int]:
+    """All output rows, of all lines."""
+    out = [*out_grid, 0, 0, *out_grid[:1]]
+    check_cross_scale_fusion(corrs, grids, out, x, y, DTYPES)
+    for s, corr in enumerate(corrs):
+        check_tensor(OP, f"corrs[{s}]", corr, (None, grids[4 * s] * grids[4 * s + 1], None), corrs[0])
+    return out
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -330,8 +349,9 @@ def _differentiate(ctx: Any, grad_mapping: Tensor | None, *_: None) -> tuple[Any
 
 
 _INPUTS = "Tensor[] corrs, SymInt[] grids, SymInt[] out_grid, float temperature, Tensor x, Tensor y"
-define("cross_scale_fusion_triton", f"({_INPUTS}) -> (Tensor, Tensor, Tensor)", forward, _outputs)
+define(OP, "cross_scale_fusion_triton", f"({_INPUTS}) -> (Tensor, Tensor, Tensor)", forward, _outputs)
 define(
+    OP,
     "cross_scale_fusion_triton_backward",
     f"(Tensor grad_mapping, {_INPUTS}, Tensor mapping, Tensor confidence, Tensor largest, bool tables=True) "
     f"-> (Tensor[], Tensor, Tensor)",

@@ -42,7 +42,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lpmflow_kernels._checks import check_range, check_tensor
+from lpmflow_kernels._contracts import check_region_attention
 from lpmflow_kernels._launch import (
+    DTYPES,
     Tiles,
     define,
     dense_rows,
@@ -200,7 +203,7 @@ def backward(
     stats: Tensor,
     table: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv, dtable = _grads(grad_attended, q, k, v, bias_table)
+    dq, dk, dv, dtable = _grads(grad_attended, q, k, v, bias_table, grids, prefix, attended, stats, table)
     if q.numel() == 0:
         return dq, dk, dv, dtable.zero_()
     arguments = _arguments(q, k, v, attended, stats.contiguous())
@@ -306,15 +309,34 @@ def _launch_dtable(q: Tensor, grids: list[int], arguments: dict[str, Any]) -> Te
 def _outputs(
     q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor, grids: list[int], prefix: int
 ) -> tuple[Tensor, Tensor]:
+    _check(q, k, v, bias_table, grids, prefix)
     batch, heads, tokens, width = q.shape
     attended = q.new_empty((batch, tokens, heads, width)).transpose(1, 2)
     return attended, q.new_empty((2, batch, heads, tokens), dtype=torch.float32)
 
 
 def _grads(
-    grad_attended: Tensor, q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor, *_: Any
+    grad_attended: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias_table: Tensor,
+    grids: list[int],
+    prefix: int,
+    attended: Tensor,
+    stats: Tensor,
+    table: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(q, k, v, bias_table, grids, prefix)
+    for name, x in (("grad_attended", grad_attended), ("attended", attended)):
+        check_tensor(OP, name, x, tuple(q.shape), q, q.dtype)
+    check_tensor(OP, "stats", stats, (2, *q.shape[:3]), q, torch.float32)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), bias_table.new_empty(bias_table.shape)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor, grids: list[int], prefix: int) -> None:
+    check_region_attention(q, k, v, bias_table, grids, prefix, DTYPES)
+    check_range(OP, "the head width D", q.shape[3], 0, MAX_WIDTH)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -337,8 +359,9 @@ def _differentiate(ctx: Any, grad_attended: Tensor | None, _: None) -> tuple[Any
 
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor bias_table, SymInt[] grids, SymInt prefix"
-define("region_attention_triton", f"({_INPUTS}) -> (Tensor, Tensor)", forward, _outputs)
+define(OP, "region_attention_triton", f"({_INPUTS}) -> (Tensor, Tensor)", forward, _outputs)
 define(
+    OP,
     "region_attention_triton_backward",
     f"(Tensor grad_attended, {_INPUTS}, Tensor attended, Tensor stats, bool table=True) "
     f"-> (Tensor, Tensor, Tensor, Tensor)",

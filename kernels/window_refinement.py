@@ -46,7 +46,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lpmflow_kernels._checks import check_range
+from lpmflow_kernels._contracts import check_window_attention, check_window_attention_gradient
 from lpmflow_kernels._launch import (
+    DTYPES,
     Tiles,
     define,
     dense_rows,
@@ -212,7 +215,7 @@ def forward(qkv: Tensor, bias_table: Tensor, heads: int, window: int, shift: int
 def backward(
     grad: Tensor, qkv: Tensor, bias_table: Tensor, heads: int, window: int, shift: int, table: bool = True
 ) -> tuple[Tensor, Tensor]:
-    grad_qkv, grad_table = _grads(grad, qkv, bias_table)
+    grad_qkv, grad_table = _grads(grad, qkv, bias_table, heads, window, shift, table)
     if grad_qkv.numel() == 0:
         return grad_qkv, grad_table.zero_()
     grad, arguments = dense_rows(grad), _arguments(qkv, bias_table, heads, window)
@@ -288,11 +291,22 @@ def _launch(
 
 
 def _output(qkv: Tensor, bias_table: Tensor, heads: int, window: int, shift: int) -> Tensor:
+    _check(qkv, bias_table, heads, window, shift)
     return qkv.new_empty((*qkv.shape[:3], qkv.shape[3] // 3))
 
 
-def _grads(grad: Tensor, qkv: Tensor, bias_table: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _grads(
+    grad: Tensor, qkv: Tensor, bias_table: Tensor, heads: int, window: int, shift: int, table: bool = True
+) -> tuple[Tensor, Tensor]:
+    _check(qkv, bias_table, heads, window, shift)
+    check_window_attention_gradient(grad, qkv)
     return qkv.new_empty(qkv.shape), bias_table.new_empty(bias_table.shape)
+
+
+def _check(qkv: Tensor, bias_table: Tensor, heads: int, window: int, shift: int) -> None:
+    check_window_attention(qkv, bias_table, heads, window, shift, DTYPES)
+    check_range(OP, "window", window, 1, MAX_WINDOW)
+    check_range(OP, "the head width", qkv.shape[3] // 3 // heads, 0, MAX_WIDTH)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -307,8 +321,9 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 _INPUTS = "Tensor qkv, Tensor bias_table, SymInt heads, SymInt window, SymInt shift"
-define("window_attention_triton", f"({_INPUTS}) -> Tensor", forward, _output)
+define(OP, "window_attention_triton", f"({_INPUTS}) -> Tensor", forward, _output)
 define(
+    OP,
     "window_attention_triton_backward",
     f"(Tensor grad, {_INPUTS}, bool table=True) -> (Tensor, Tensor)",
     backward,

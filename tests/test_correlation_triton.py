@@ -81,6 +81,6 @@ def test_the_launchers_leave_out_what_is_not_needed():
     with keep_launches() as backward:
         op.backward(attended, None, q, q, q, attended, stats, 0.2, 1)
         op.backward(None, None, q, q, q, attended, stats, 0.2, 1)
-        op.backward(None, corr[:, :0], q, q, q, attended, stats, 0.2, 5)
+        op.backward(None, corr[:, :0, :0], q, q, q, attended, stats, 0.2, 5)
     assert [x.kernel.fn.__name__ for x in backward] == ["delta_kernel", "dq_kernel", "dkv_kernel"]
     assert all(x.arguments["p_da"] is None for x in backward)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-from lpmflow_kernels.native._checks import check_memory
+from lpmflow_kernels._checks import with_memory
 
 
 class Operator(NamedTuple):
@@ -46,21 +45,9 @@ def register_forward(op: str, forward: Operator) -> None:
 def _define(op: str, name: str, operator: Operator) -> None:
     torch.library.define(name, operator.schema, tags=torch.Tag.pt2_compliant_tag)
     for device, run in operator.runs.items():
-        torch.library.impl(name, device)(_with_memory(op, run))
+        torch.library.impl(name, device)(with_memory(op, run))
     torch.library.register_fake(name)(operator.fake)
     torch.library.register_vmap(name)(functools.partial(_refuse_vmap, op))
-
-
-def _with_memory(op: str, run: Callable[..., Any]) -> Callable[..., Any]:
-    """`run`, for tensors that have memory."""
-    names = tuple(inspect.signature(run).parameters)
-
-    @functools.wraps(run)
-    def checked(*arguments: Any) -> Any:
-        check_memory(op, names, arguments)
-        return run(*arguments)
-
-    return checked
 
 
 def _refuse_gradient(op: str, ctx: Any, *grads: Any) -> tuple[Any, ...]:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lpmflow_kernels._checks import exact_type
+from lpmflow_kernels._contracts import check_correlation, check_correlation_gradients
 from lpmflow_kernels.native import DTYPES, check, check_cuda, dense_rows, loaded, place_of, why_not_on_device
-from lpmflow_kernels.native._checks import check_first, check_range, check_tensor, exact_type
 from lpmflow_kernels.native._register import Operator, register
 
 OP = "correlation"
@@ -67,7 +68,7 @@ def _forward_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float, prefix: int) ->
 
 
 def _outputs(q: Tensor, k: Tensor, v: Tensor, scale: float, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
-    _check(q, k, v, prefix)
+    check_correlation(q, k, v, prefix)
     corr = q.new_empty((q.shape[0], q.shape[2] - prefix, k.shape[2] - prefix), dtype=exact_type(q.dtype))
     lse = q.new_empty((0,) if q.device.type == "cpu" else q.shape[:3], dtype=torch.float32)
     return q.new_empty(q.shape), corr, lse
@@ -99,21 +100,9 @@ def _backward(
 def _grads(
     grad_attended: Tensor | None, grad_corr: Tensor | None, q: Tensor, k: Tensor, v: Tensor, scale: float, prefix: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(q, k, v, prefix)
-    if grad_attended is not None:
-        check_tensor(OP, "grad_attended", grad_attended, tuple(q.shape), q, q.dtype)
-    if grad_corr is not None:
-        wanted = (q.shape[0], q.shape[2] - prefix, k.shape[2] - prefix)
-        check_tensor(OP, "grad_corr", grad_corr, wanted, q, exact_type(q.dtype))
+    check_correlation(q, k, v, prefix)
+    check_correlation_gradients(grad_attended, grad_corr, q, k, prefix)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, prefix: int) -> None:
-    check_first(OP, "q", q, "B, H, N, D")
-    check_tensor(OP, "k", k, (*q.shape[:2], None, q.shape[3]), q, q.dtype)
-    check_tensor(OP, "v", v, tuple(k.shape), q, q.dtype)
-    check_range(OP, "the number of keys", k.shape[2], 1)
-    check_range(OP, "prefix", prefix, 0, min(q.shape[2], k.shape[2]))
 
 
 def _shape(q: Tensor, k: Tensor, scale: float, prefix: int) -> tuple[Any, ...]:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lpmflow_kernels._checks import exact_type
+from lpmflow_kernels._contracts import check_cross_scale_fusion, check_cross_scale_fusion_gradient
 from lpmflow_kernels.native import DTYPES, check, check_cuda, dense_rows, loaded, place_of, why_not_on_device
-from lpmflow_kernels.native._checks import check_first, check_range, check_tensor, exact_type
 from lpmflow_kernels.native._register import Operator, register
 
 OP = "cross_scale_fusion"
@@ -77,7 +78,7 @@ def _forward_cuda(
 def _outputs(
     corrs: list[Tensor], grids: list[int], out: list[int], temperature: float, x: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(corrs, grids, out, x, y)
+    check_cross_scale_fusion(corrs, grids, out, x, y)
     exact = exact_type(corrs[0].dtype)
     cells = (corrs[0].shape[0], len(corrs), out[4], out[1])
     mapping = corrs[0].new_empty((*cells[:2], 2, *cells[2:]), dtype=exact)
@@ -98,7 +99,8 @@ def _backward(
     tables: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """The gradients of corrs, x and y; without `tables` those of x and y are not computed, and empty."""
-    _check_backward(grad_mapping, corrs, grids, out, x, y, mapping, confidence, largest)
+    check_cross_scale_fusion(corrs, grids, out, x, y)
+    check_cross_scale_fusion_gradient(grad_mapping, corrs, out, mapping, confidence, largest)
     exact = mapping.dtype
     grad_x, grad_y = (table.new_zeros(table.shape if tables else 0, dtype=exact) for table in (x, y))
     if mapping.numel() == 0:
@@ -139,54 +141,10 @@ def _grads(
     largest: Tensor,
     tables: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    _check_backward(grad_mapping, corrs, grids, out, x, y, mapping, confidence, largest)
+    check_cross_scale_fusion(corrs, grids, out, x, y)
+    check_cross_scale_fusion_gradient(grad_mapping, corrs, out, mapping, confidence, largest)
     grad_x, grad_y = (table.new_empty(table.shape if tables else 0) for table in (x, y))
     return [corr.new_empty(corr.shape) for corr in corrs], grad_x, grad_y
-
-
-def _check(corrs: list[Tensor], grids: list[int], out: list[int], x: Tensor, y: Tensor) -> None:
-    """All but one thing: that the lines of a part are those its rows lie between, which the kernel looks up itself."""
-    if not corrs or len(grids) != 4 * len(corrs) or len(out) != 5:
-        raise ValueError(
-            f"{OP}: corrs, grids and out must be S >= 1 tensors, 4 S sides and 5 numbers, "
-            f"got {len(corrs)}, {len(grids)} and {len(out)}"
-        )
-    h, w, first_line, first_row, rows = out
-    for side in (*grids, h, w):
-        check_range(OP, "a side of a grid", side, 1)
-    check_range(OP, "the first line", first_line, 0)
-    check_range(OP, "the first row", first_row, 0, h)
-    check_range(OP, "the number of rows", rows, 0, h - first_row)
-    check_first(OP, "corrs[0]", corrs[0], "B, hs ws, ht wt")
-    for s, corr in enumerate(corrs):
-        name, (hs, ws, ht, wt) = f"corrs[{s}]", grids[4 * s : 4 * s + 4]
-        check_tensor(OP, name, corr, (corrs[0].shape[0], None, ht * wt), corrs[0], corrs[0].dtype)
-        if corr.shape[1] % ws:
-            raise ValueError(f"{OP}: {name} must have whole lines of {ws} source cells, got {corr.shape[1]} cells")
-        lines = corr.shape[1] // ws
-        check_range(OP, f"the number of lines of {name}", lines, 1, hs if lines == hs else hs - first_line)
-    for name, table, side in (("x", x, w), ("y", y, h)):
-        check_tensor(OP, name, table, (side,), corrs[0])
-
-
-def _check_backward(
-    grad_mapping: Tensor,
-    corrs: list[Tensor],
-    grids: list[int],
-    out: list[int],
-    x: Tensor,
-    y: Tensor,
-    mapping: Tensor,
-    confidence: Tensor,
-    largest: Tensor,
-) -> None:
-    _check(corrs, grids, out, x, y)
-    exact = exact_type(corrs[0].dtype)
-    scales, cells = (corrs[0].shape[0], len(corrs)), (out[4], out[1])
-    for name, value in (("grad_mapping", grad_mapping), ("mapping", mapping)):
-        check_tensor(OP, name, value, (*scales, 2, *cells), corrs[0], exact)
-    for name, value in (("confidence", confidence), ("largest", largest)):
-        check_tensor(OP, name, value, (*scales, *cells), corrs[0], exact)
 
 
 def _arguments(

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lpmflow_kernels._checks import check_tensor, exact_type
+from lpmflow_kernels._contracts import check_region_attention
 from lpmflow_kernels.native import DTYPES, check, check_cuda, dense_rows, loaded, place_of, why_not_on_device
-from lpmflow_kernels.native._checks import check_first, check_range, check_tensor, exact_type
 from lpmflow_kernels.native._register import Operator, register
 
 OP = "region_attention"
@@ -79,7 +80,7 @@ def _outputs(
     q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor, grids: list[int], prefix: int
 ) -> tuple[Tensor, Tensor]:
     """(B, H, N, D) with the heads inside the tokens, so that joining them copies nothing; and statistics for CUDA."""
-    _check(q, k, v, bias_table, grids, prefix)
+    check_region_attention(q, k, v, bias_table, grids, prefix)
     batch, heads, tokens, width = q.shape
     statistics = (2, batch, heads, tokens) if q.device.type == "cuda" else (0,)
     attended = q.new_empty((batch, tokens, heads, width)).transpose(1, 2)
@@ -112,25 +113,9 @@ def _backward(
 def _grads(
     grad_attended: Tensor, q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor, grids: list[int], prefix: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(q, k, v, bias_table, grids, prefix)
+    check_region_attention(q, k, v, bias_table, grids, prefix)
     check_tensor(OP, "grad_attended", grad_attended, tuple(q.shape), q, q.dtype)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), bias_table.new_empty(bias_table.shape)
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor, grids: list[int], prefix: int) -> None:
-    check_first(OP, "q", q, "B, H, N, D")
-    if len(grids) != 4:
-        raise ValueError(f"{OP}: grids must be the heights and widths of source and target, got {list(grids)}")
-    for side in grids:
-        check_range(OP, "a side of a grid", side, 1)
-    check_range(OP, "prefix", prefix, 0)
-    height, width, target_height, target_width = grids
-    tokens = 2 * prefix + height * width + target_height * target_width
-    check_tensor(OP, "q", q, (*q.shape[:2], tokens, q.shape[3]), q)
-    for name, x in (("k", k), ("v", v)):
-        check_tensor(OP, name, x, tuple(q.shape), q, q.dtype)
-    columns = (2 * max(height, target_height) - 1) * (2 * max(width, target_width) - 1) * 4
-    check_tensor(OP, "bias_table", bias_table, (q.shape[1], columns), q)
 
 
 def _exact(bias_table: Tensor, q: Tensor) -> Tensor:

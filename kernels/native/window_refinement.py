@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lpmflow_kernels._checks import exact_type
+from lpmflow_kernels._contracts import check_window_attention, check_window_attention_gradient
 from lpmflow_kernels.native import DTYPES, check, check_cuda, dense_rows, loaded, place_of, why_not_on_device
-from lpmflow_kernels.native._checks import check_first, check_range, check_tensor, exact_type
 from lpmflow_kernels.native._register import Operator, register
 
 OP = "window_attention"
@@ -68,7 +69,7 @@ def _forward_cuda(qkv: Tensor, bias_table: Tensor, heads: int, window: int, shif
 
 
 def _output(qkv: Tensor, bias_table: Tensor, heads: int, window: int, shift: int) -> Tensor:
-    _check(qkv, bias_table, heads, window, shift)
+    check_window_attention(qkv, bias_table, heads, window, shift)
     return qkv.new_empty((*qkv.shape[:3], qkv.shape[3] // 3))
 
 
@@ -92,19 +93,9 @@ def _backward(
 
 
 def _grads(grad: Tensor, qkv: Tensor, bias_table: Tensor, heads: int, window: int, shift: int) -> tuple[Tensor, Tensor]:
-    _check(qkv, bias_table, heads, window, shift)
-    check_tensor(OP, "grad", grad, (*qkv.shape[:3], qkv.shape[3] // 3), qkv, qkv.dtype)
+    check_window_attention(qkv, bias_table, heads, window, shift)
+    check_window_attention_gradient(grad, qkv)
     return qkv.new_empty(qkv.shape), bias_table.new_empty(bias_table.shape)
-
-
-def _check(qkv: Tensor, bias_table: Tensor, heads: int, window: int, shift: int) -> None:
-    check_first(OP, "qkv", qkv, "B, H, W, 3C")
-    check_range(OP, "heads", heads, 1)
-    check_range(OP, "window", window, 1)
-    check_range(OP, "shift", shift, 0, window - 1)
-    if qkv.shape[3] % (3 * heads):
-        raise ValueError(f"{OP}: qkv must have 3 x heads x width channels (heads {heads}), got {qkv.shape[3]}")
-    check_tensor(OP, "bias_table", bias_table, ((2 * window - 1) ** 2, heads), qkv, exact_type(qkv.dtype))
 
 
 def _shape(qkv: Tensor, heads: int, window: int, shift: int) -> tuple[Any, ...]:

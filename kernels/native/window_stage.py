@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lpmflow_kernels._checks import check_first, check_range, check_tensor
 from lpmflow_kernels.native import DTYPES, check, dense_rows, loaded
-from lpmflow_kernels.native._checks import check_first, check_range, check_tensor
 from lpmflow_kernels.native._register import Operator, register_forward
 
 OP = "window_stage"

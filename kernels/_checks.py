@@ -1,18 +1,20 @@
-"""What an operator asks of its arguments before their addresses are taken.
+"""What an operator asks of its arguments before their addresses are taken; one operation after another in `_contracts`.
 
 `lpmflow.ops` has checked its arguments by then. But anybody can call `torch.ops.lpmflow`, and there a size that does
-not fit would be memory read or written beyond a tensor's end.
+not fit would be memory read or written beyond a tensor's end. Native and Triton operators ask the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lpmflow_kernels.native import DTYPES
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def exact_type(dtype: torch.dtype) -> torch.dtype:
@@ -20,7 +22,7 @@ def exact_type(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def check_first(op: str, name: str, x: Tensor, layout: str, dtypes: Sequence[torch.dtype] = tuple(DTYPES)) -> None:
+def check_first(op: str, name: str, x: Tensor, layout: str, dtypes: Sequence[torch.dtype] = FLOATS) -> None:
     """The tensor that says what the others must be: as many dimensions as `layout` has names, one of `dtypes`."""
     if x.ndim != layout.count(",") + 1:
         raise ValueError(f"{op}: {name} must have shape ({layout}), got {tuple(x.shape)}")
@@ -36,7 +38,7 @@ def check_tensor(
     if x.ndim != len(shape) or any(side is not None and side != x.shape[axis] for axis, side in enumerate(shape)):
         wanted = ", ".join("any" if side is None else str(side) for side in shape)
         raise ValueError(f"{op}: {name} must have shape ({wanted}), got {tuple(x.shape)}")
-    if x.dtype not in ((dtype,) if dtype is not None else DTYPES):
+    if x.dtype not in ((dtype,) if dtype is not None else FLOATS):
         raise TypeError(f"{op}: {name} must be {dtype or 'of a floating point type'}, got {x.dtype}")
     if x.device != like.device:
         raise ValueError(f"{op}: {name} must be on the device of the other tensors, {like.device}, got {x.device}")
@@ -47,6 +49,18 @@ def check_range(op: str, name: str, value: Any, low: int, high: int | None = Non
     if value < low or (high is not None and value > high):
         wanted = f"at least {low}" if high is None else f"from {low} to {high}"
         raise ValueError(f"{op}: {name} must be {wanted}, got {value}")
+
+
+def with_memory(op: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run`, for tensors that have memory."""
+    names = tuple(inspect.signature(run).parameters)
+
+    @functools.wraps(run)
+    def checked(*arguments: Any) -> Any:
+        check_memory(op, names, arguments)
+        return run(*arguments)
+
+    return checked
 
 
 def check_memory(op: str, names: Sequence[str], arguments: Sequence[Any]) -> None:
@@ -60,7 +74,8 @@ def check_memory(op: str, names: Sequence[str], arguments: Sequence[Any]) -> Non
 
 
 def _tensors(names: Sequence[str], arguments: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
-    for name, value in zip(names, arguments, strict=True):
+    # an operator leaves out arguments at the end that have their default
+    for name, value in zip(names, arguments, strict=False):
         if isinstance(value, Tensor):
             yield name, value
         elif isinstance(value, list):

@@ -1,7 +1,8 @@
-"""The native operators called by hand, with arguments that do not fit: refused, one and all, and never a crash.
+"""The operators called by hand, with arguments that do not fit: refused, one and all, and never a crash.
 
-Each operator is called rightly first, then with one thing wrong at a time: each size off by one, each other element
-type, each number off by one, zero, negative and enormous, tensors without memory. What still fits is listed.
+Each operator, native or Triton, is called rightly first, then with one thing wrong at a time: each size off by one,
+each other element type, each number off by one, zero, negative and enormous, tensors without memory. What still fits is
+listed. This file run by hand prints what fits a backend; Triton's kernels are interpreted there.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,9 +22,6 @@ from torch import Tensor
 
 from lpmflow import ops, reference
 
-if (missing := ops.backend_report()["correlation"]["native"]) is not None:
-    pytest.skip(missing, allow_module_level=True)
-
 REFUSALS = (ValueError, TypeError, RuntimeError, NotImplementedError)
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.bool)
 
@@ -33,7 +32,7 @@ def correlation() -> dict[str, Any]:
 
 
 def region_attention() -> dict[str, Any]:
-    q = torch.rand(2, 3, 14, 4)
+    q = torch.rand(1, 3, 14, 4)
     tensors = {"q": q, "k": torch.rand(q.shape), "v": torch.rand(q.shape), "bias_table": torch.rand(3, 3 * 5 * 4)}
     return {**tensors, "grids": [2, 3, 2, 3], "prefix": 1}
 
@@ -54,40 +53,54 @@ def window_stage() -> dict[str, Any]:
 
 
 def cross_scale_fusion() -> dict[str, Any]:
-    """The last three of five output rows, from all of three coarse lines and from three that they are themselves."""
-    corrs = [torch.rand(2, 3 * 4, 3 * 2), torch.rand(2, 3 * 6, 5 * 6)]
-    grids = [3, 4, 3, 2, 5, 6, 5, 6]
-    tables = {"x": torch.rand(6), "y": torch.rand(5)}
-    return {"corrs": corrs, "grids": grids, "out": [5, 6, 2, 2, 3], "temperature": 0.1, **tables}
+    """The last of three output rows, from both of two coarse lines and from one that it is itself."""
+    corrs = [torch.rand(1, 2 * 1, 2 * 3), torch.rand(1, 1 * 2, 3 * 2)]
+    grids = [2, 1, 2, 3, 3, 2, 3, 2]
+    tables = {"x": torch.rand(2), "y": torch.rand(3)}
+    return {"corrs": corrs, "grids": grids, "out": [3, 2, 2, 2, 1], "temperature": 0.1, **tables}
 
 
-def with_gradients(op: str, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The backward's arguments."""
-    outputs = call(f"{op}_native", inputs)
-    first = outputs[0] if isinstance(outputs, tuple) else outputs
-    if op == "correlation":
-        return {"grad_attended": torch.rand(first.shape), "grad_corr": torch.rand(outputs[1].shape), **inputs}
+def whole_fusion() -> dict[str, Any]:
+    """All output rows of the same, for the Triton operator, which takes no parts."""
+    corrs = [torch.rand(1, 2 * 1, 2 * 3), torch.rand(1, 3 * 2, 3 * 2)]
+    return {**cross_scale_fusion(), "corrs": corrs, "out": [3, 2]}
+
+
+def with_gradients(op: str, backend: str, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The backward's arguments; Triton's keeps more of the forward's results."""
+    found = call(f"{op}_{backend}", inputs)
+    outputs = found if isinstance(found, tuple) else (found,)
+    grad = torch.rand(outputs[0].shape)
     if op == "cross_scale_fusion":
         kept = dict(zip(("mapping", "confidence", "largest"), outputs, strict=True))
-        return {"grad_mapping": torch.rand(first.shape), **inputs, **kept, "tables": True}
-    return {"grad": torch.rand(first.shape), **inputs}
+        return {"grad_mapping": grad, **inputs, **kept, "tables": True}
+    given = {"grad": grad}
+    if op == "correlation":
+        given = {"grad_attended": grad, "grad_corr": torch.rand(outputs[1].shape)}
+    if backend == "native" or op == "window_attention":
+        return {**given, **inputs}
+    kept = {"attended": outputs[0], "stats": outputs[-1]}
+    if op == "correlation":
+        return {**given, "q": inputs["q"], "k": inputs["k"], "v": inputs["v"], **kept, "scale": 0.5, "prefix": 1}
+    return {**given, **inputs, **kept}
 
 
 def call(operator: str, arguments: dict[str, Any]) -> Any:
     return getattr(torch.ops.lpmflow, operator)(*arguments.values())
 
 
-def operators() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every native operator there is, with arguments that fit."""
-    ops.backend_report()
-    from lpmflow_kernels.native import window_stage as registered  # noqa: F401
-
+def operators(backend: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every operator of a backend, with arguments that fit."""
+    ops.backend_report()  # registers those that run here
     named = {"correlation": correlation, "region_attention": region_attention, "window_attention": window_attention}
-    named |= {"window_stage": window_stage, "cross_scale_fusion": cross_scale_fusion}
+    named["cross_scale_fusion"] = cross_scale_fusion if backend == "native" else whole_fusion
     for op, arguments in named.items():
-        yield f"{op}_native", arguments()
-        if op != "window_stage":
-            yield f"{op}_native_backward", with_gradients(op, arguments())
+        yield f"{op}_{backend}", arguments()
+        yield f"{op}_{backend}_backward", with_gradients(op, backend, arguments())
+    if backend == "native":
+        from lpmflow_kernels.native import window_stage as registered  # noqa: F401
+
+        yield "window_stage_native", window_stage()
 
 
 def wrong_tensors(x: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -133,11 +146,11 @@ def wrong_arguments(arguments: dict[str, Any]) -> Iterator[tuple[str, dict[str, 
 # What still fits: another number of source tokens, fewer prefix tokens, tables that are converted, half the precision.
 WEIGHTS = {f"weights[{i}]: precision" for i in range(15)}
 FITS = {
-    "correlation_native": {"q: axis 2", "prefix: less", "prefix: number"},
-    "correlation_native_backward": set(),
-    "region_attention_native": {"bias_table: precision"},
-    "region_attention_native_backward": {"bias_table: precision"},
-    "window_attention_native": {
+    "correlation": {"q: axis 2", "prefix: less", "prefix: number"},
+    "correlation_backward": set(),
+    "region_attention": {"bias_table: precision"},
+    "region_attention_backward": {"bias_table: precision"},
+    "window_attention": {
         "qkv: axis 0",
         "qkv: axis 1",
         "qkv: axis 2",
@@ -145,32 +158,68 @@ FITS = {
         "shift: less",
         "shift: number",
     },
-    "window_attention_native_backward": {"shift: less", "shift: number"},
-    "window_stage_native": {"x: axis 0", "x: axis 1", "x: axis 2", "x: precision", *WEIGHTS},
-    "cross_scale_fusion_native": {"out[4]: less", "x: precision", "y: precision"},  # no rows
-    "cross_scale_fusion_native_backward": {"x: precision", "y: precision"},
+    "window_attention_backward": {"shift: less", "shift: number"},
+    "window_stage": {"x: axis 0", "x: axis 1", "x: axis 2", "x: precision", *WEIGHTS},
+    "cross_scale_fusion": {"out[4]: less", "x: precision", "y: precision"},  # no rows
+    "cross_scale_fusion_backward": {"x: precision", "y: precision"},
 }
+ONLY_NATIVE = {"window_stage": FITS["window_stage"], "cross_scale_fusion": {"out[4]: less"}}
 
 
-def what_fits() -> dict[str, list[str]]:
+def what_fits(backend: str) -> dict[str, list[str]]:
     """Operator -> the changes it took. Anything but a refusal in words ends this here, a crash ends the process."""
     found: dict[str, list[str]] = {}
-    for operator, arguments in operators():
+    for operator, arguments in operators(backend):
+        op = operator.replace(f"_{backend}", "")
         call(operator, arguments)
-        found[operator] = []
+        found[op] = []
         for what, wrong in wrong_arguments(arguments):
             with contextlib.suppress(REFUSALS):
                 call(operator, wrong)
-                found[operator].append(what)
+                found[op].append(what)
+        check_any_strides(operator, arguments)
     return found
 
 
-def test_what_does_not_fit_is_refused():
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True)
+def check_any_strides(operator: str, arguments: dict[str, Any]) -> None:
+    """With every tensor a broadcast one, all its numbers in one place, the same as with tensors written out."""
+
+    def filled(value: Any, whole: bool) -> Any:
+        if isinstance(value, list):
+            return [filled(one, whole) for one in value]
+        if not isinstance(value, Tensor):
+            return value
+        return value.new_full(value.shape, 0.25) if whole else value.new_tensor(0.25).expand(value.shape)
+
+    found = [call(operator, {k: filled(v, whole) for k, v in arguments.items()}) for whole in (False, True)]
+    torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{operator}: {text}")
+
+
+def missing(backend: str) -> str | None:
+    """Why no operator of this backend can be called here, with Triton's kernels interpreted."""
+    if backend == "triton":
+        pytest.importorskip("triton", minversion="3.4", reason="Triton is not installed, or older than 3.4")
+        return None
+    return ops.backend_report()["correlation"]["native"]
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_what_does_not_fit_is_refused(backend):
+    if (reason := missing(backend)) is not None:
+        pytest.skip(reason)
+    environment = {**os.environ, "TRITON_INTERPRET": "1"} if backend == "triton" else None
+    done = subprocess.run([sys.executable, __file__, backend], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert {operator: set(took) for operator, took in json.loads(done.stdout).items()} == FITS
+    wanted = FITS
+    if backend == "triton":
+        wanted = {op: fits - ONLY_NATIVE.get(op, set()) for op, fits in FITS.items() if op != "window_stage"}
+    assert {op: set(took) for op, took in json.loads(done.stdout).items()} == wanted
 
 
+native_only = pytest.mark.skipif(missing("native") is not None, reason="the native module is missing")
+
+
+@native_only
 @pytest.mark.parametrize("out_lines", [1, 2, 3, 5, 7])
 @pytest.mark.parametrize("lines", [1, 3, 5])
 def test_a_part_has_the_lines_its_rows_lie_between(lines, out_lines):
@@ -193,6 +242,7 @@ def test_a_part_has_the_lines_its_rows_lie_between(lines, out_lines):
             torch.testing.assert_close(found, wanted)
 
 
+@native_only
 @pytest.mark.parametrize(
     ("operator", "change", "refusal"),
     [
@@ -206,13 +256,13 @@ def test_a_part_has_the_lines_its_rows_lie_between(lines, out_lines):
             {"x": torch.rand(2, 5, 6, 4).half()},
             "window_stage: x must be one of float32, float64",
         ),
-        ("cross_scale_fusion_native", {"x": torch.rand(5)}, r"cross_scale_fusion: x must have shape \(6\), got \(5,\)"),
+        ("cross_scale_fusion_native", {"x": torch.rand(5)}, r"cross_scale_fusion: x must have shape \(2\), got \(5,\)"),
     ],
 )
 def test_the_refusals_name_the_argument(operator, change, refusal):
     with pytest.raises((ValueError, TypeError), match=refusal):
-        call(operator, {**dict(operators())[operator], **change})
+        call(operator, {**dict(operators("native"))[operator], **change})
 
 
 if __name__ == "__main__":
-    print(json.dumps(what_fits()))
+    print(json.dumps(what_fits(sys.argv[1])))
