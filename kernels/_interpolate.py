@@ -10,6 +10,7 @@ the same NaN come out.
 
 from __future__ import annotations
 
+import struct
 from typing import Any, NamedTuple
 
 import triton
@@ -17,7 +18,7 @@ import triton.language as tl
 
 
 class Scale(NamedTuple):
-    """One correlation tensor (B, hs ws, ht wt) with a dense last dimension, as the kernels are told of it."""
+    """One correlation tensor (B, lines ws, ht wt) with a dense last dimension, as the kernels are told of it."""
 
     corr: Any
     stride_b: int
@@ -26,6 +27,9 @@ class Scale(NamedTuple):
     ws: int
     ht: int
     wt: int
+    # the source lines that corr has, which may be some of the hs: from which on, and how many
+    first_line: int
+    lines: int
     # coarse cells from one fine cell to the next: source rows and columns, target rows and columns
     step_r: float
     step_c: float
@@ -36,6 +40,18 @@ class Scale(NamedTuple):
 def axis_step(coarse: int, fine: int) -> float:
     """Coarse cells from one fine cell to the next; Triton rounds it to float32."""
     return (coarse - 1) / (fine - 1) if fine > 1 else 0.0
+
+
+def lines_of_row(coarse: int, fine: int, row: int) -> tuple[int, int]:
+    """The two coarse lines that a fine row lies between, with the rounding of the kernels."""
+    low = min(int(_single(row * _single(axis_step(coarse, fine)))), coarse - 1)
+    return low, low if coarse == fine else min(low + 1, coarse - 1)
+
+
+def _single(x: float) -> float:
+    """x rounded to float32."""
+    rounded: float = struct.unpack("f", struct.pack("f", x))[0]
+    return rounded
 
 
 @triton.jit
@@ -81,6 +97,18 @@ def fine_cells(i_group, step, coarse, fine):
     first = tl.where(wider, first_fine(i_group, step, fine), i_group)
     end = tl.where(wider, first_fine(i_group + 1, step, fine), i_group + 1)
     return first, end
+
+
+@triton.jit
+def rows_of_group(i_group, scale, h, first_row, rows):
+    """(coarse line, first output row, end) of a group of the rows of a part: those after one of its lines, or one row.
+
+    The rows of a part are `rows` from `first_row` on. The line before them may have none.
+    """
+    wider = tl.cast(scale.hs, tl.int32) < h
+    r_first, r_end = fine_cells(i_group + tl.where(wider, scale.first_line, first_row), scale.step_r, scale.hs, h)
+    a_r = low_cell(r_first, scale.step_r, scale.hs)
+    return a_r, tl.maximum(r_first, first_row), tl.minimum(r_end, first_row + rows)
 
 
 @triton.jit
@@ -147,16 +175,24 @@ def load_row(p_row, offsets, SAME_TARGET: tl.constexpr):
 
 
 @triton.jit
+def held_line(o_line, scale):
+    """Where corr has a coarse line; for one it lacks, which no row of the part is made of, one it has."""
+    return tl.minimum(tl.maximum(o_line - scale.first_line, 0), scale.lines - 1)
+
+
+@triton.jit
 def load_sources(p_corr, a_r, a_c, scale, h, w, offsets, SAME_SOURCE: tl.constexpr, SAME_TARGET: tl.constexpr):
     """Tiles of the rows of coarse source cell (a_r, a_c) and of the next to the right, below and both.
 
     SAME_SOURCE, where nothing is interpolated over the source: of the one cell.
     """
+    above = held_line(a_r, scale) * scale.ws
     if SAME_SOURCE:
-        return (load_row(p_corr + (a_r * scale.ws + a_c).to(tl.int64) * scale.stride_n, offsets, SAME_TARGET),)
+        return (load_row(p_corr + (above + a_c).to(tl.int64) * scale.stride_n, offsets, SAME_TARGET),)
     else:
-        p_above = p_corr + (a_r * scale.ws).to(tl.int64) * scale.stride_n
-        p_below = p_corr + (next_cell(a_r, scale.hs, h) * scale.ws).to(tl.int64) * scale.stride_n
+        below = held_line(next_cell(a_r, scale.hs, h), scale) * scale.ws
+        p_above = p_corr + above.to(tl.int64) * scale.stride_n
+        p_below = p_corr + below.to(tl.int64) * scale.stride_n
         left = a_c.to(tl.int64) * scale.stride_n
         right = next_cell(a_c, scale.ws, w).to(tl.int64) * scale.stride_n
         return (

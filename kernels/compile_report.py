@@ -100,7 +100,7 @@ def correlation_launches(dtype: torch.dtype, width: int) -> list[tuple[str, Laun
 def cross_scale_fusion_launches(dtype: torch.dtype, side: int) -> list[tuple[str, Launch]]:
     """Forward and backward where both sides, the source, the target, and neither are interpolated."""
     found = []
-    table, out = torch.empty(side, device="meta"), [side, side]
+    table, out = torch.empty(side, device="meta"), [side, side, 0, 0, side]
     half = side // 2
     for label, source, target in (
         ("both", half, half),

@@ -5,7 +5,8 @@
 
 corr of scale s is (B, hs ws, ht wt), any strides with a dense last dimension; mapping (B, S, 2, h, w) and confidence
 (B, S, h, w) are float32, like everything that is computed. A side whose grid is (h, w) is read as it is, and -inf there
-is a cell out of the question. Neither u nor p is ever in memory.
+is a cell out of the question. Neither u nor p is ever in memory. Some of the output rows alone are computed from those
+lines of corr that they lie between; the outputs, and the gradient of corr, have these rows and lines only.
 
 Forward, one kernel, launched once a scale:
     fuse         one program per (b, coarse source cell): the output cells between this one and the next (one output
@@ -39,15 +40,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lpmflow_kernels._checks import check_tensor
 from lpmflow_kernels._contracts import check_cross_scale_fusion, check_cross_scale_fusion_gradient
 from lpmflow_kernels._interpolate import (
     Scale,
     axis_step,
     fine_cells,
+    lines_of_row,
     load_sources,
     low_cell,
     mix_sources,
+    rows_of_group,
     share_of_next,
     tile_offsets,
 )
@@ -72,8 +74,10 @@ def exponentials(b_u, b_x, b_y, largest, exponent):
 def fuse_kernel(
     # a `Scale`, the tables x and y, the outputs for all scales
     scale, p_x, p_y, p_mapping, p_confidence, p_largest,
-    # output grid, output cells of a batch item over all scales, and of the scales before this one
-    h, w, cells_b, cells_s,
+    # output grid, its rows that are computed, and the groups of them
+    h, w, first_row, rows, groups_r,
+    # output cells of a batch item over all scales, and of the scales before this one
+    cells_b, cells_s,
     # log2(e) / temperature
     exponent,
     SAME_SOURCE: tl.constexpr, SAME_TARGET: tl.constexpr,
@@ -82,11 +86,11 @@ def fuse_kernel(
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     i_program = tl.program_id(0)
-    groups_r, groups_c = tl.minimum(scale.hs, h), tl.minimum(scale.ws, w)
+    groups_c = tl.minimum(scale.ws, w)
     i_b = (i_program // (groups_r * groups_c)).to(tl.int64)
-    r_first, r_end = fine_cells(i_program // groups_c % groups_r, scale.step_r, scale.hs, h)
+    a_r, r_first, r_end = rows_of_group(i_program // groups_c % groups_r, scale, h, first_row, rows)
     c_first, c_end = fine_cells(i_program % groups_c, scale.step_c, scale.ws, w)
-    a_r, a_c = low_cell(r_first, scale.step_r, scale.hs), low_cell(c_first, scale.step_c, scale.ws)
+    a_c = low_cell(c_first, scale.step_c, scale.ws)
     p_corr = scale.corr + i_b * scale.stride_b
     i_cells = i_b * cells_b + cells_s
 
@@ -126,9 +130,9 @@ def fuse_kernel(
                     total_y = total_y * decay + tile_y
                     largest = new
             inverse = tl.where(total == 0, float("nan"), 1.0 / total)  # 0 where there is nothing but -inf
-            i_cell = r * w + c
+            i_cell = (r - first_row) * w + c
             tl.store(p_mapping + 2 * i_cells + i_cell, total_x * inverse)
-            tl.store(p_mapping + 2 * i_cells + h * w + i_cell, total_y * inverse)
+            tl.store(p_mapping + 2 * i_cells + rows * w + i_cell, total_y * inverse)
             tl.store(p_confidence + i_cells + i_cell, inverse)
             tl.store(p_largest + i_cells + i_cell, largest)
 
@@ -177,17 +181,17 @@ def why_not(corr: Tensor) -> str | None:
 
 
 def forward(
-    corrs: list[Tensor], grids: list[int], out_grid: list[int], temperature: float, x: Tensor, y: Tensor
+    corrs: list[Tensor], grids: list[int], out: list[int], temperature: float, x: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    outputs = _outputs(corrs, grids, out_grid, temperature, x, y)
+    outputs = _outputs(corrs, grids, out, temperature, x, y)
     if outputs[0].numel() == 0:
         return outputs
-    h, w = out_grid
+    h, w = out_grid = out[:2]
     with torch.cuda.device_of(corrs[0]):
-        for one in _scales(corrs, grids, out_grid, temperature, x, y, outputs):
+        for one in _scales(corrs, grids, out, temperature, x, y, outputs):
             tiles = configuration("fuse", out_grid, one["SAME_SOURCE"], one["SAME_TARGET"])
             one["WHOLE"] = h <= tiles.block_q and w <= tiles.block_k
-            groups = min(one["scale"].hs, h) * min(one["scale"].ws, w)
+            groups = one["groups_r"] * min(one["scale"].ws, w)
             _launch(fuse_kernel, len(corrs[0]) * groups, tiles, one)
     return outputs
 
@@ -196,7 +200,7 @@ def backward(
     grad_mapping: Tensor,
     corrs: list[Tensor],
     grids: list[int],
-    out_grid: list[int],
+    out: list[int],
     temperature: float,
     x: Tensor,
     y: Tensor,
@@ -206,28 +210,29 @@ def backward(
     tables: bool = True,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     grads, grad_x, grad_y = _grads(
-        grad_mapping, corrs, grids, out_grid, temperature, x, y, mapping, confidence, largest, tables
+        grad_mapping, corrs, grids, out, temperature, x, y, mapping, confidence, largest, tables
     )
     if mapping.numel() == 0:
-        return grads, grad_x.zero_(), grad_y.zero_()
-    batch, (h, w) = len(corrs[0]), out_grid
+        return [grad.zero_() for grad in grads], grad_x.zero_(), grad_y.zero_()
+    batch, out_grid = len(corrs[0]), out[:2]
+    h, w = out_grid
     kept = tuple(output.contiguous() for output in (mapping, confidence, largest))
     grad_mapping = grad_mapping.contiguous()
     partial_x, partial_y = [], []
     with torch.cuda.device_of(corrs[0]):
-        scales = _scales(corrs, grids, out_grid, temperature, x, y, kept)
+        scales = _scales(corrs, grids, out, temperature, x, y, kept)
         for one, grad in zip(scales, grads, strict=True):
             scale, same = one["scale"], (one["SAME_SOURCE"], one["SAME_TARGET"])
             one |= {"p_grad": grad_mapping, "p_out": grad, "COARSE": _COARSE}
             tiles = configuration("grad_corr", out_grid, *same)
             one["rows_k"], one["columns_k"] = coarse_tile = _coarse_tile(scale, out_grid, tiles)
-            programs = batch * scale.hs * scale.ws * _count((scale.ht, scale.wt), coarse_tile)
+            programs = batch * scale.lines * scale.ws * _count((scale.ht, scale.wt), coarse_tile)
             _launch(grad_corr_kernel, programs, tiles, one)
             if not tables:
                 continue
             tiles = configuration("grad_tables", out_grid, *same)
             rows, tiles_h, tiles_w = (
-                batch * min(scale.hs, h),
+                batch * one["groups_r"],
                 triton.cdiv(h, tiles.block_q),
                 triton.cdiv(w, tiles.block_k),
             )
@@ -243,28 +248,36 @@ def backward(
 def _scales(
     corrs: list[Tensor],
     grids: list[int],
-    out_grid: list[int],
+    out: list[int],
     temperature: float,
     x: Tensor,
     y: Tensor,
     outputs: tuple[Tensor, ...],
 ) -> Iterator[dict[str, Any]]:
     """For each scale what the kernels are told of the inputs and of the forward's outputs."""
-    h, w = out_grid
+    h, w, first_line, first_row, rows = out
     p_x, p_y = (table.to(torch.float32).contiguous() for table in (x, y))
     for s, corr in enumerate(corrs):
         corr = dense_rows(corr)
         hs, ws, ht, wt = grids[4 * s : 4 * s + 4]
+        lines = corr.shape[1] // ws
+        first = first_line if lines < hs else 0
+        between = lines_of_row(hs, h, first_row)[0], lines_of_row(hs, h, first_row + rows - 1)[1]
+        if between[0] < first or between[1] >= first + lines:
+            raise ValueError(f"{OP}: corrs must have those lines that the output rows lie between")
         steps = (axis_step(coarse, fine) for coarse, fine in ((hs, h), (ws, w), (ht, h), (wt, w)))
         yield {
-            "scale": Scale(corr, *corr.stride()[:2], hs, ws, ht, wt, *steps),
+            "scale": Scale(corr, *corr.stride()[:2], hs, ws, ht, wt, first, lines, *steps),
             "p_x": p_x,
             "p_y": p_y,
             **dict(zip(("p_mapping", "p_confidence", "p_largest"), outputs, strict=True)),
             "h": h,
             "w": w,
-            "cells_b": len(corrs) * h * w,
-            "cells_s": s * h * w,
+            "first_row": first_row,
+            "rows": rows,
+            "groups_r": lines if hs < h else rows,
+            "cells_b": len(corrs) * rows * w,
+            "cells_s": s * rows * w,
             "cold": min(1 / temperature, _COLDEST),
             # Not 0, so that -inf stays -inf, and not infinite, so that 0 stays 0.
             "exponent": min(max(math.log2(math.e) / temperature, 1 / _COLDEST), _COLDEST),
@@ -295,10 +308,10 @@ def _launch(kernel: Any, programs: int, tiles: Tiles, arguments: dict[str, Any])
 
 
 def _outputs(
-    corrs: list[Tensor], grids: list[int], out_grid: list[int], temperature: float, x: Tensor, y: Tensor
+    corrs: list[Tensor], grids: list[int], out: list[int], temperature: float, x: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(corrs, grids, out_grid, x, y)
-    cells = (corrs[0].shape[0], len(corrs), *out_grid)
+    check_cross_scale_fusion(corrs, grids, out, x, y, DTYPES)
+    cells = (corrs[0].shape[0], len(corrs), out[4], out[1])
     mapping = corrs[0].new_empty((*cells[:2], 2, *cells[2:]), dtype=torch.float32)
     return mapping, corrs[0].new_empty(cells, dtype=torch.float32), corrs[0].new_empty(cells, dtype=torch.float32)
 
@@ -307,7 +320,7 @@ def _grads(
     grad_mapping: Tensor,
     corrs: list[Tensor],
     grids: list[int],
-    out_grid: list[int],
+    out: list[int],
     temperature: float,
     x: Tensor,
     y: Tensor,
@@ -316,22 +329,13 @@ def _grads(
     largest: Tensor,
     tables: bool = True,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    out = _check(corrs, grids, out_grid, x, y)
+    check_cross_scale_fusion(corrs, grids, out, x, y, DTYPES)
     check_cross_scale_fusion_gradient(grad_mapping, corrs, out, mapping, confidence, largest)
     return [corr.new_empty(corr.shape) for corr in corrs], x.new_empty(x.shape), y.new_empty(y.shape)
 
 
-def _check(corrs: list[Tensor], grids: list[int], out_grid: list[int], x: Tensor, y: Tensor) -> list[int]:
-    """All output rows, of all lines."""
-    out = [*out_grid, 0, 0, *out_grid[:1]]
-    check_cross_scale_fusion(corrs, grids, out, x, y, DTYPES)
-    for s, corr in enumerate(corrs):
-        check_tensor(OP, f"corrs[{s}]", corr, (None, grids[4 * s] * grids[4 * s + 1], None), corrs[0])
-    return out
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    corrs, ctx.grids, ctx.out_grid, ctx.temperature, x, y = inputs
+    corrs, ctx.grids, ctx.out, ctx.temperature, x, y = inputs
     ctx.tables = x.requires_grad or y.requires_grad
     ctx.save_for_backward(*corrs, x, y, *output)
     ctx.mark_non_differentiable(*output[1:])
@@ -343,12 +347,13 @@ def _differentiate(ctx: Any, grad_mapping: Tensor | None, *_: None) -> tuple[Any
     if grad_mapping is None:
         return [None] * len(corrs), None, None, None, None, None
     grads, grad_x, grad_y = torch.ops.lpmflow.cross_scale_fusion_triton_backward(
-        grad_mapping, corrs, ctx.grids, ctx.out_grid, ctx.temperature, x, y, mapping, confidence, largest, ctx.tables
+        grad_mapping, corrs, ctx.grids, ctx.out, ctx.temperature, x, y, mapping, confidence, largest, ctx.tables
     )
     return grads, None, None, None, grad_x, grad_y
 
 
-_INPUTS = "Tensor[] corrs, SymInt[] grids, SymInt[] out_grid, float temperature, Tensor x, Tensor y"
+# out: h, w, then the first coarse line that corrs has, the first output line, and how many of these there are.
+_INPUTS = "Tensor[] corrs, SymInt[] grids, SymInt[] out, float temperature, Tensor x, Tensor y"
 define(OP, "cross_scale_fusion_triton", f"({_INPUTS}) -> (Tensor, Tensor, Tensor)", forward, _outputs)
 define(
     OP,
@@ -373,10 +378,10 @@ def cross_scale_fusion(
     temperature: float,
     x: Tensor,
     y: Tensor,
+    part: tuple[int, int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(mapping, confidence) of checked arguments; see `lpmflow.ops.cross_scale_fusion`."""
+    """(mapping, confidence) of checked arguments; see `lpmflow.ops.cross_scale_fusion`, `part` in the reference."""
     grids = [side for pair in zip(source_grids, target_grids, strict=True) for grid in pair for side in grid]
-    mapping, confidence, _ = torch.ops.lpmflow.cross_scale_fusion_triton(
-        list(corrs), grids, list(out_grid), temperature, x, y
-    )
+    out = [*out_grid, *(part or (0, 0, out_grid[0]))]
+    mapping, confidence, _ = torch.ops.lpmflow.cross_scale_fusion_triton(list(corrs), grids, out, temperature, x, y)
     return mapping, confidence

@@ -12,6 +12,7 @@ from lpmflow_kernels._interpolate import (
     load_sources,
     low_cell,
     mix_sources,
+    rows_of_group,
     share_of_next,
     tile_offsets,
     transpose_weights,
@@ -38,11 +39,11 @@ def cell_gradient(b_p, b_x, b_y, p_grad, p_mapping, cells):
 def source_gradient(
     o_i, o_j, a_r, a_c, i_cells, scale, p_corr,
     p_grad, p_x, p_y, p_mapping, p_confidence, p_largest,
-    h, w, exponent,
+    h, w, first_row, rows, exponent,
     SAME_SOURCE: tl.constexpr, SAME_TARGET: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the row of coarse source cell (a_r, a_c), still at output target cells (o_i, o_j)."""
-    cells = h * w
+    cells = rows * w
     p_grad += 2 * i_cells
     p_mapping += 2 * i_cells
     p_confidence += i_cells
@@ -52,10 +53,13 @@ def source_gradient(
     m_tile = (o_i < h)[:, None] & (o_j < w)[None, :]
     offsets = tile_offsets(o_i, o_j, scale, h, w, SAME_TARGET)
     if SAME_SOURCE:
-        i_cell = a_r * w + a_c
+        r = a_r - first_row
+        m_row = (r >= 0) & (r < rows)
+        i_cell = tl.minimum(tl.maximum(r, 0), rows - 1) * w + a_c
         b_sources = load_sources(p_corr, a_r, a_c, scale, h, w, offsets, SAME_SOURCE, SAME_TARGET)
         b_p = probabilities(b_sources, m_tile, 0.0, 0.0, p_largest + i_cell, p_confidence + i_cell, exponent)
-        return cell_gradient(b_p, b_x, b_y, p_grad + i_cell, p_mapping + i_cell, cells)
+        b_grad = cell_gradient(b_p, b_x, b_y, p_grad + i_cell, p_mapping + i_cell, cells)
+        return tl.where(m_row, b_grad, 0.0)
     else:
         b_grad = tl.zeros([o_i.shape[0], o_j.shape[0]], tl.float32)
         for quarter in range(0, 4):  # output cells before and after the coarse one, in both directions
@@ -64,13 +68,13 @@ def source_gradient(
             c_first, c_end = cells_with_share(low_c, a_c, scale.step_c, scale.ws, w)
             here_r, here_c = tl.maximum(low_r, 0), tl.maximum(low_c, 0)  # before the first there are no output cells
             b_sources = load_sources(p_corr, here_r, here_c, scale, h, w, offsets, SAME_SOURCE, SAME_TARGET)
-            for r in range(r_first, r_end):
+            for r in range(tl.maximum(r_first, first_row), tl.minimum(r_end, first_row + rows)):
                 down = share_of_next(r, scale.step_r, low_r)
                 share_r = own_share(down, low_r, a_r, scale.hs)
                 for c in range(c_first, c_end):
                     right = share_of_next(c, scale.step_c, low_c)
                     share = share_r * own_share(right, low_c, a_c, scale.ws)
-                    i_cell = r * w + c
+                    i_cell = (r - first_row) * w + c
                     b_p = probabilities(
                         b_sources, m_tile, down, right, p_largest + i_cell, p_confidence + i_cell, exponent
                     )
@@ -98,8 +102,10 @@ def grad_corr_kernel(
     scale, p_out, rows_k, columns_k,
     # what the forward had and kept, for all scales
     p_grad, p_x, p_y, p_mapping, p_confidence, p_largest,
-    # output grid, output cells of a batch item over all scales, and of the scales before this one
-    h, w, cells_b, cells_s,
+    # output grid and its rows that are computed
+    h, w, first_row, rows,
+    # output cells of a batch item over all scales, and of the scales before this one
+    cells_b, cells_s,
     # 1 / temperature, and log2(e) / temperature
     cold, exponent,
     SAME_SOURCE: tl.constexpr, SAME_TARGET: tl.constexpr,
@@ -110,8 +116,8 @@ def grad_corr_kernel(
     tiles = tl.cdiv(scale.ht, rows_k) * tiles_w
     i_row = i_program // tiles
     k_i, k_j = i_program % tiles // tiles_w * rows_k, i_program % tiles_w * columns_k
-    a_r, a_c = i_row // scale.ws % scale.hs, i_row % scale.ws
-    i_b = (i_row // (scale.hs * scale.ws)).to(tl.int64)
+    a_r, a_c = scale.first_line + i_row // scale.ws % scale.lines, i_row % scale.ws
+    i_b = (i_row // (scale.lines * scale.ws)).to(tl.int64)
     i_cells = i_b * cells_b + cells_s
     p_corr = scale.corr + i_b * scale.stride_b
     p_out += i_row.to(tl.int64) * (scale.ht * scale.wt)
@@ -122,7 +128,7 @@ def grad_corr_kernel(
         b_grad = source_gradient(
             o_i, o_j, a_r, a_c, i_cells, scale, p_corr,
             p_grad, p_x, p_y, p_mapping, p_confidence, p_largest,
-            h, w, exponent, SAME_SOURCE, SAME_TARGET,
+            h, w, first_row, rows, exponent, SAME_SOURCE, SAME_TARGET,
         )  # fmt: skip
         m_tile = (o_i < h)[:, None] & (o_j < w)[None, :]
         tl.store(p_out + o_i[:, None] * w + o_j[None, :], round_to(b_grad * cold, p_out.dtype.element_ty), mask=m_tile)
@@ -138,7 +144,7 @@ def grad_corr_kernel(
                 b_grad = source_gradient(
                     i + o_h, j + o_w, a_r, a_c, i_cells, scale, p_corr,
                     p_grad, p_x, p_y, p_mapping, p_confidence, p_largest,
-                    h, w, exponent, SAME_SOURCE, SAME_TARGET,
+                    h, w, first_row, rows, exponent, SAME_SOURCE, SAME_TARGET,
                 )  # fmt: skip
                 b_right = transpose_weights(k_j + o_k, j + o_w, scale.step_j, scale.wt, w)  # [COARSE, BLOCK_W]
                 b_half = tl.dot(b_down, b_grad, input_precision="ieee")
@@ -159,8 +165,10 @@ def grad_tables_kernel(
     scale, p_grad, p_confidence, p_largest,
     # (rows of groups, tiles of rows, w) and (rows of groups, tiles of columns, h)
     p_partial_x, p_partial_y,
-    # output grid, output cells of a batch item over all scales, and of the scales before this one
-    h, w, cells_b, cells_s,
+    # output grid, its rows that are computed, and the groups of them
+    h, w, first_row, rows, groups_r,
+    # output cells of a batch item over all scales, and of the scales before this one
+    cells_b, cells_s,
     # log2(e) / temperature
     exponent,
     SAME_SOURCE: tl.constexpr, SAME_TARGET: tl.constexpr,
@@ -170,10 +178,8 @@ def grad_tables_kernel(
     tiles_h, tiles_w = tl.cdiv(h, BLOCK_H), tl.cdiv(w, BLOCK_W)
     i_tile = i_program % (tiles_h * tiles_w)
     i_row = i_program // (tiles_h * tiles_w)
-    groups_r = tl.minimum(scale.hs, h)
     i_b = (i_row // groups_r).to(tl.int64)
-    r_first, r_end = fine_cells(i_row % groups_r, scale.step_r, scale.hs, h)
-    a_r = low_cell(r_first, scale.step_r, scale.hs)
+    a_r, r_first, r_end = rows_of_group(i_row % groups_r, scale, h, first_row, rows)
     p_corr = scale.corr + i_b * scale.stride_b
     i_cells = i_b * cells_b + cells_s
     o_i = i_tile // tiles_w * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -191,10 +197,10 @@ def grad_tables_kernel(
             down = share_of_next(r, scale.step_r, a_r)
             for c in range(c_first, c_end):
                 right = share_of_next(c, scale.step_c, a_c)
-                i_cell = i_cells + r * w + c
+                i_cell = i_cells + (r - first_row) * w + c
                 b_p = probabilities(b_sources, m_tile, down, right, p_largest + i_cell, p_confidence + i_cell, exponent)
                 b_x += b_p * tl.load(p_grad + i_cells + i_cell)
-                b_y += b_p * tl.load(p_grad + i_cells + i_cell + h * w)
+                b_y += b_p * tl.load(p_grad + i_cells + i_cell + rows * w)
     p_x = p_partial_x + (i_row.to(tl.int64) * tiles_h + i_tile // tiles_w) * w
     p_y = p_partial_y + (i_row.to(tl.int64) * tiles_w + i_tile % tiles_w) * h
     tl.store(p_x + o_j, tl.sum(b_x, axis=0), mask=o_j < w)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 
+import interpreted
 import pytest
 import torch
 from kernel_bench import assert_within_budget
@@ -198,34 +200,35 @@ def test_memory_does_not_grow_with_the_volume():
     assert peaks[96] - peaks[64] < 40, peaks  # tokens and results: 2.25 times as many, a few MiB
 
 
-@pytest.mark.parametrize("named", ["argument", "context", "context of one op", "environment"])
-def test_triton_computes_in_one_piece_however_it_is_named(named, monkeypatch):
-    """Its fusion takes no parts. What it would be called with is all that is looked at here."""
-    q, k, v, x, y = inputs(CASES[3])
-    parts = []
+def test_triton_computes_in_blocks_too():
+    """Through Triton's interpreter: values, gradients, and how much of the correlation tensor there is at once."""
+    pytest.importorskip("triton", minversion="3.4", reason="Triton is not installed, or older than 3.4")
+    status, output = interpreted.run("correlation_flow")
+    print(output)
+    if status != 0:
+        pytest.fail(output, pytrace=False)
+
+
+@pytest.mark.parametrize("named", ["context", "contexts of both", "environment"])
+def test_a_block_computed_again_is_computed_by_the_same_backend(named, monkeypatch):
+    """In the backward, which is not where the forward's backend was named."""
+    if "native" not in BACKENDS:
+        pytest.skip("the native module is not built, and the reference is all there is")
+    tensors = [x.requires_grad_() for x in inputs(CASES[3])]
+    q, k, v, x, y = tensors
     monkeypatch.setattr(module, "BLOCK_BYTES", 1)
-    monkeypatch.setattr(module, "correlation", lambda *a, backend, **o: ops.correlation(*a, backend="reference", **o))
-
-    def fuse_part(*arguments):
-        parts.append(arguments[-1])
-        return module_of_fusion.fuse_part(*arguments[:-2], "reference", arguments[-1])
-
-    module_of_fusion = sys.modules["lpmflow.ops.cross_scale_fusion"]
-    monkeypatch.setattr(module, "fuse_part", fuse_part)
-    options = {"source_grid": (4, 3), "target_grid": (8, 6), "x": x, "y": y}
-    if named == "argument":
-        correlation_flow_function(q, k, v, **options, backend="triton")
-    elif named == "environment":
-        monkeypatch.setenv("LPMFLOW_BACKEND", "cross_scale_fusion=triton")
-        correlation_flow_function(q, k, v, **options)
-    else:
-        context = {"backend": "triton"} if named == "context" else {"cross_scale_fusion": "triton"}
-        with ops.use_backend(**context):
-            correlation_flow_function(q, k, v, **options)
-    assert parts == [None]
+    by_op = {"correlation": "reference", "cross_scale_fusion": "native"}
+    context = {"backend": "reference"} if named == "context" else by_op
+    if named == "environment":
+        monkeypatch.setenv("LPMFLOW_BACKEND", ",".join(map("=".join, by_op.items())))
+        context = {}
+    with ops.use_backend(**context) if context else contextlib.nullcontext():
+        found = correlation_flow_function(q, k, v, source_grid=(4, 3), target_grid=(8, 6), x=x, y=y)
     monkeypatch.delenv("LPMFLOW_BACKEND", raising=False)
-    correlation_flow_function(q, k, v, **options)
-    assert len(parts) == 1 + 4 and None not in parts[1:]
+    wanted = [ops.last_backend(op) for op in by_op]
+    ops.cross_scale_fusion([ops.correlation(q, k, v)[1]], [(4, 3)], [(8, 6)], out_grid=(8, 6))  # by native, both
+    torch.autograd.grad(found.mapping.sum() + found.attended.sum(), tensors)
+    assert [ops.last_backend(op) for op in by_op] == wanted and "reference" in wanted
 
 
 @pytest.mark.parametrize("case", [CASES[2], CASES[4]], ids=str)

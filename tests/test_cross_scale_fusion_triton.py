@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import interpreted
 import pytest
 import torch
@@ -10,6 +12,7 @@ pytest.importorskip("triton", minversion="3.4", reason="Triton is not installed,
 
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
+from lpmflow import reference  # noqa: E402
 from lpmflow_kernels import cross_scale_fusion as op  # noqa: E402
 from lpmflow_kernels._interpolate import axis_step  # noqa: E402
 from lpmflow_kernels._launch import keep_launches  # noqa: E402
@@ -47,9 +50,9 @@ def test_fakes_have_the_shapes_types_and_strides_of_the_outputs(dtype, transpose
             corrs = [corr.mT for corr in corrs]
         leaves = [corr.detach().requires_grad_() for corr in corrs]
         x, y = (torch.empty(side, device="cuda", requires_grad=True) for side in (5, 4))
-        outputs = torch.ops.lpmflow.cross_scale_fusion_triton(leaves, GRIDS, [4, 5], 0.2, x, y)
+        outputs = torch.ops.lpmflow.cross_scale_fusion_triton(leaves, GRIDS, [4, 5, 0, 0, 4], 0.2, x, y)
         grads, grad_x, grad_y = torch.ops.lpmflow.cross_scale_fusion_triton_backward(
-            outputs[0], corrs, GRIDS, [4, 5], 0.2, x, y, *outputs
+            outputs[0], corrs, GRIDS, [4, 5, 0, 0, 4], 0.2, x, y, *outputs
         )
     shapes = [(2, 2, 2, 4, 5), (2, 2, 4, 5), (2, 2, 4, 5), (2, 6, 6), (2, 20, 20), (5,), (4,)]
     for tensor, shape in zip((*outputs, *grads, grad_x, grad_y), shapes, strict=True):
@@ -65,8 +68,8 @@ def launches(grids: list[int], out: tuple[int, int], *, tables: bool = True) -> 
     ]
     x, y = torch.empty(out[1], device="meta"), torch.empty(out[0], device="meta")
     with keep_launches() as kept:
-        outputs = op.forward(corrs, grids, list(out), 0.02, x, y)
-        op.backward(outputs[0], corrs, grids, list(out), 0.02, x, y, *outputs, tables)
+        outputs = op.forward(corrs, grids, [*out, 0, 0, out[0]], 0.02, x, y)
+        op.backward(outputs[0], corrs, grids, [*out, 0, 0, out[0]], 0.02, x, y, *outputs, tables)
     return kept
 
 
@@ -78,9 +81,31 @@ def test_the_launchers_leave_out_what_is_not_needed():
     assert names == ["fuse_kernel", "fuse_kernel", "grad_corr_kernel", "grad_corr_kernel"]
     corr, table = torch.empty(0, 16, 16, device="meta"), torch.empty(4, device="meta")
     with keep_launches() as kept:
-        outputs = op.forward([corr], [4, 4, 4, 4], [4, 4], 0.02, table, table)
-        op.backward(outputs[0], [corr], [4, 4, 4, 4], [4, 4], 0.02, table, table, *outputs)
+        outputs = op.forward([corr], [4, 4, 4, 4], [4, 4, 0, 0, 4], 0.02, table, table)
+        op.backward(outputs[0], [corr], [4, 4, 4, 4], [4, 4, 0, 0, 4], 0.02, table, table, *outputs)
     assert not kept
+
+
+@pytest.mark.parametrize("out_lines", [1, 2, 3, 5, 50])
+@pytest.mark.parametrize("lines", [1, 2, 3, 5])
+def test_a_part_without_the_lines_its_rows_lie_between_is_refused(lines, out_lines):
+    """Every part of some rows: launched, unless the reference finds a line missing."""
+    low, high, _ = reference.lines_of_rows(lines, out_lines, torch.empty(0))
+    x, y = torch.empty(3, device="meta"), torch.empty(out_lines, device="meta")
+    for first_line, end in itertools.combinations(range(lines + 1), 2):
+        corr = torch.empty(1, 2 * (end - first_line), 4, device="meta")
+        for first_row, last in itertools.combinations(range(out_lines + 1), 2):
+            out = [out_lines, 3, first_line, first_row, last - first_row]
+            with keep_launches() as kept:
+                if low[first_row] < first_line or high[last - 1] >= end:
+                    with pytest.raises(
+                        ValueError, match="corrs must have those lines that the output rows lie between"
+                    ):
+                        op.forward([corr], [lines, 2, 2, 2], out, 0.02, x, y)
+                    assert not kept
+                    continue
+                outputs = op.forward([corr], [lines, 2, 2, 2], out, 0.02, x, y)
+            assert len(kept) == 1 and outputs[0].shape == (1, 1, 2, last - first_row, 3)
 
 
 def test_grids_that_are_the_output_grid_are_not_interpolated():

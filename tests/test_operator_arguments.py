@@ -60,12 +60,6 @@ def cross_scale_fusion() -> dict[str, Any]:
     return {"corrs": corrs, "grids": grids, "out": [3, 2, 2, 2, 1], "temperature": 0.1, **tables}
 
 
-def whole_fusion() -> dict[str, Any]:
-    """All output rows of the same, for the Triton operator, which takes no parts."""
-    corrs = [torch.rand(1, 2 * 1, 2 * 3), torch.rand(1, 3 * 2, 3 * 2)]
-    return {**cross_scale_fusion(), "corrs": corrs, "out": [3, 2]}
-
-
 def with_gradients(op: str, backend: str, inputs: dict[str, Any]) -> dict[str, Any]:
     """The backward's arguments; Triton's keeps more of the forward's results."""
     found = call(f"{op}_{backend}", inputs)
@@ -93,7 +87,7 @@ def operators(backend: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every operator of a backend, with arguments that fit."""
     ops.backend_report()  # registers those that run here
     named = {"correlation": correlation, "region_attention": region_attention, "window_attention": window_attention}
-    named["cross_scale_fusion"] = cross_scale_fusion if backend == "native" else whole_fusion
+    named["cross_scale_fusion"] = cross_scale_fusion
     for op, arguments in named.items():
         yield f"{op}_{backend}", arguments()
         yield f"{op}_{backend}_backward", with_gradients(op, backend, arguments())
@@ -163,7 +157,6 @@ FITS = {
     "cross_scale_fusion": {"out[4]: less", "x: precision", "y: precision"},  # no rows
     "cross_scale_fusion_backward": {"x: precision", "y: precision"},
 }
-ONLY_NATIVE = {"window_stage": FITS["window_stage"], "cross_scale_fusion": {"out[4]: less"}}
 
 
 def what_fits(backend: str) -> dict[str, list[str]]:
@@ -210,9 +203,7 @@ def test_what_does_not_fit_is_refused(backend):
     environment = {**os.environ, "TRITON_INTERPRET": "1"} if backend == "triton" else None
     done = subprocess.run([sys.executable, __file__, backend], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    wanted = FITS
-    if backend == "triton":
-        wanted = {op: fits - ONLY_NATIVE.get(op, set()) for op, fits in FITS.items() if op != "window_stage"}
+    wanted = {op: fits for op, fits in FITS.items() if backend == "native" or op != "window_stage"}
     assert {op: set(took) for op, took in json.loads(done.stdout).items()} == wanted
 
 

@@ -125,8 +125,8 @@ def test_cross_scale_fusion_of_single_cells_compiles():
     for source, target in ((1, 1), (1, 2), (2, 1), (2, 2)):
         corrs, grids = [torch.empty(1, source, target, device="meta")], [source, 1, 1, target]
         with keep_launches() as launches:
-            outputs = cross_scale_fusion.forward(corrs, grids, [1, 1], 0.02, table, table)
-            cross_scale_fusion.backward(outputs[0], corrs, grids, [1, 1], 0.02, table, table, *outputs)
+            outputs = cross_scale_fusion.forward(corrs, grids, [1, 1, 0, 0, 1], 0.02, table, table)
+            cross_scale_fusion.backward(outputs[0], corrs, grids, [1, 1, 0, 0, 1], 0.02, table, table, *outputs)
         assert len(launches) == 3
         for launch in launches:
             assert compile_report.compile_launch("", launch, 80).registers > 0

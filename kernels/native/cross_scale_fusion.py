@@ -185,10 +185,9 @@ def _differentiate(ctx: Any, grad_mapping: Tensor | None, *_: None) -> tuple[Any
     kept = (ctx.temperature, x, y, mapping, confidence, largest, ctx.tables)
     if grad_mapping.device.type == "cuda":
         backward = torch.ops.lpmflow.cross_scale_fusion_triton_backward
-        grads, grad_x, grad_y = backward(grad_mapping, corrs, ctx.grids, ctx.out[:2], *kept)
     else:
         backward = torch.ops.lpmflow.cross_scale_fusion_native_backward
-        grads, grad_x, grad_y = backward(grad_mapping, corrs, ctx.grids, ctx.out, *kept)
+    grads, grad_x, grad_y = backward(grad_mapping, corrs, ctx.grids, ctx.out, *kept)
     return grads, None, None, None, *((grad_x, grad_y) if ctx.tables else (None, None))
 
 

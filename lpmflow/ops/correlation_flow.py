@@ -67,8 +67,7 @@ def correlation_flow(
     line or two that a row of the result needs, each block is turned into flow and dropped, and where a gradient is
     needed computed again for it (`torch.utils.checkpoint`). Memory then grows with the number of tokens, N + M, and not
     with N M. Computed in blocks with a gradient, it cannot be traced as one graph by `torch.compile`; without, it can.
-    Within `torch.func`, and on the triton backend, it is computed in one piece whatever the size. Derivatives are those
-    of the two ops.
+    Within `torch.func` it is computed in one piece whatever the size. Derivatives are those of the two ops.
 
     Args:
         q: (B, H, N, D) queries, N = prefix + cells of `source_grid`; k, v: (B, H, M, D), M = prefix + cells of
@@ -77,7 +76,7 @@ def correlation_flow(
         out_grid: (h, w) of the result; the one of the two grids with more cells when None.
         scale, prefix: as in `correlation`.
         temperature, x, y: as in `cross_scale_fusion`.
-        backend: for both parts; None chooses for each. "native" on CUDA devices has gradients in one piece only.
+        backend: for both parts; None chooses for each.
 
     Raises TypeError or ValueError naming the argument, RuntimeError when the named backend cannot run.
     """
@@ -95,14 +94,18 @@ def correlation_flow(
         coordinate_table(OP, name, table, side, q, exact) for name, table, side in (("x", x, out[1]), ("y", y, out[0]))
     )
 
+    # Named once: the backward, which computes blocks again, may run after a block of `use_backend`, or in a thread that
+    # it does not reach.
+    by_op = {op: named_backend(op, backend) for op in ("correlation", "cross_scale_fusion")}
+
     def run(block: _Block, q: Tensor, k: Tensor, v: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        attended, corr = correlation(q, k, v, scale=scale, prefix=prefix, backend=backend)
+        attended, corr = correlation(q, k, v, scale=scale, prefix=prefix, backend=by_op["correlation"])
         part = None if len(blocks) == 1 else (block.first_line, block.first_row, block.rows)
-        mapping, confidence = fuse_part(corr, source, target, out, temperature, x, y, backend, part)
+        named = by_op["cross_scale_fusion"]
+        mapping, confidence = fuse_part(corr, source, target, out, temperature, x, y, named, part)
         return attended, mapping, confidence
 
-    fused_by_triton = named_backend("cross_scale_fusion", backend) == "triton"  # which takes no parts
-    whole = fused_by_triton or transformed() or volume_fits(q.shape[0], source, target, exact)
+    whole = transformed() or volume_fits(q.shape[0], source, target, exact)
     line_bytes = max(q.shape[0] * source[1] * math.prod(target) * exact.itemsize, 1)
     # where rows are interpolated a block has the first line of the next one too
     at_once = source[0] if whole else max(BLOCK_BYTES // line_bytes - int(source != out), 1)

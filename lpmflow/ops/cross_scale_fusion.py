@@ -99,8 +99,7 @@ def fuse_part(
 ) -> tuple[Tensor, Tensor]:
     """mapping (B, 2, rows, w) and confidence (B, rows, w) of one tensor of checked sizes, or of a part of its lines.
 
-    `part` as in `lpmflow.reference.cross_scale_fusion`; the triton backend takes None only,
-    and so does the native one on CUDA devices where a gradient is needed.
+    `part` as in `lpmflow.reference.cross_scale_fusion`.
     """
     if part is not None and part[2] == 0:
         empty = corr.new_zeros((corr.shape[0], 0, out[1]))
@@ -122,13 +121,13 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     """The op on checked arguments."""
     tensors = (*corrs, x, y)
-    chosen = choose(OP, backend, corrs[0].device.type, lambda name: _why_not(name, corrs[0], tensors, part))
+    chosen = choose(OP, backend, corrs[0].device.type, lambda name: _why_not(name, corrs[0], tensors))
     arguments: dict[str, Any] = {"out_grid": out, "temperature": temperature, "x": x, "y": y}
     with without_autocast(corrs[0].device):
         if chosen == "triton":
             from lpmflow_kernels import cross_scale_fusion as triton
 
-            return triton.cross_scale_fusion(corrs, sources, targets, **arguments)
+            return triton.cross_scale_fusion(corrs, sources, targets, **arguments, part=part)
         if chosen == "native":
             from lpmflow_kernels.native import cross_scale_fusion as native
 
@@ -136,7 +135,7 @@ def _run(
         return reference.cross_scale_fusion(corrs, sources, targets, **arguments, part=part)
 
 
-def _why_not(backend: str, corr: Tensor, tensors: tuple[Tensor, ...], part: tuple[int, int, int] | None) -> str | None:
+def _why_not(backend: str, corr: Tensor, tensors: tuple[Tensor, ...]) -> str | None:
     """None when an installed backend can compute with tensors like these, else the reason in one sentence."""
     reason = why_no_kernel(*tensors)
     if reason is not None:
@@ -147,14 +146,10 @@ def _why_not(backend: str, corr: Tensor, tensors: tuple[Tensor, ...], part: tupl
         reason = native.why_not(corr)
         if reason is None and corr.device.type == "cuda" and needs_gradient(*tensors):
             reason = why_no_backward(OP)
-            if reason is None and part is not None:
-                reason = "its backward on CUDA devices is triton's for all rows at once, and a block of them is wanted"
     elif backend == "triton":
         from lpmflow_kernels import cross_scale_fusion as triton
 
         reason = triton.why_not(corr)
-        if reason is None and part is not None:
-            reason = "it computes all rows at once, and a block of them is wanted"
     return reason
 
 

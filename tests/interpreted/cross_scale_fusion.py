@@ -60,6 +60,24 @@ def run(function: Any, case: Any, corrs: list[Tensor], x: Tensor, y: Tensor, tem
     return function(corrs, *grids, out_grid=out, temperature=temperature, x=x, y=y)
 
 
+# Source, target and output grid, then which source lines there are (first, end) and the output rows (first, end).
+PARTS = [
+    ((3, 2), (2, 1), (5, 2), (0, 2), (0, 2)),
+    ((3, 1), (2, 2), (5, 2), (1, 3), (2, 5)),
+    ((2, 1), (2, 1), (4, 2), (0, 2), (1, 3)),  # all lines
+    ((4, 2), (1, 2), (4, 2), (1, 3), (1, 3)),  # rows that are lines
+    ((4, 1), (2, 1), (4, 2), (1, 3), (1, 3)),  # only columns between others
+    ((6, 1), (3, 2), (3, 2), (2, 5), (1, 2)),  # to a smaller grid, with lines that are part of nothing
+]
+
+
+def part_of(case: Any, function: Any, corr: Tensor, x: Tensor, y: Tensor) -> Any:
+    """(mapping, confidence) of the rows of a case."""
+    source, target, out, (line, _), (row, end) = case
+    options = {"out_grid": out, "temperature": 0.1, "x": x, "y": y, "part": (line, row, end - row)}
+    return function([corr], [source], [target], **options)
+
+
 def everything(
     function: Any, case: Any, corrs: list[Tensor], x: Tensor, y: Tensor, temperature: float = 0.1
 ) -> dict[str, Tensor]:
@@ -98,6 +116,51 @@ def test_grids_larger_than_a_tile(case, tile, coarse, monkeypatch):
     monkeypatch.setattr(op, "configuration", configuration)
     monkeypatch.setattr(op, "_COARSE", coarse)
     compare(case, *inputs(case))
+
+
+@pytest.mark.parametrize(("case", "tile"), [*((case, None) for case in PARTS), (PARTS[1], (1, 2))], ids=str)
+def test_some_rows_from_the_lines_between_which_they_lie(case, tile, monkeypatch):
+    """Values and gradients; those of lines that are part of no row are zero."""
+    if tile is not None:
+        monkeypatch.setattr(op, "configuration", lambda k, *_: Tiles(*((16, 16) if k == "grad_corr" else tile), 1, 1))
+    (hs, ws), target, out, (line, line_end), _ = case
+    (corr,), x, y = inputs((1 + hs % 2, [((hs, ws), target)], out))
+    corr = corr[:, line * ws : line_end * ws]
+    found, same, exact = [], [], []
+    for results, function, dtype in (
+        (found, op.cross_scale_fusion, torch.float32),
+        (same, reference.cross_scale_fusion, torch.float32),
+        (exact, reference.cross_scale_fusion, torch.float64),
+    ):
+        leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in (corr, x, y)]
+        mapping, confidence = part_of(case, function, *leaves)
+        grad = torch.randn(mapping.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        results += [mapping.detach(), confidence, *torch.autograd.grad(mapping, leaves, grad)]
+    names = ("mapping", "confidence", "grad_corr", "grad_x", "grad_y")
+    for name, *values in zip(names, found, same, exact, strict=True):
+        assert_within_budget(name, *values, 3 if name.startswith("grad") else 2)
+
+
+def test_lines_of_no_row_have_a_gradient_of_zero():
+    """Where rows are lines, and more lines are given than rows asked for."""
+    (corr,), x, y = inputs((2, [((4, 2), (4, 2))], (4, 2)))
+    corr.requires_grad_()
+    more, _ = part_of(((4, 2), (4, 2), (4, 2), (1, 4), (2, 3)), op.cross_scale_fusion, corr[:, 2:], x, y)
+    wanted, _ = part_of(((4, 2), (4, 2), (4, 2), (2, 3), (2, 3)), op.cross_scale_fusion, corr[:, 4:6], x, y)
+    assert torch.equal(more, wanted)
+    given = torch.randn(more.shape, generator=torch.Generator().manual_seed(1))
+    grads = [torch.autograd.grad(mapping, corr, given)[0] for mapping in (more, wanted)]
+    assert torch.equal(*grads) and grads[0][:, 4:6].abs().sum() > 0
+
+
+def test_no_rows_give_no_gradient():
+    (corr,), x, y = inputs((1, [((3, 2), (2, 2))], (3, 2)))
+    leaves = [leaf.requires_grad_() for leaf in (corr[:, :2], x, y)]
+    mapping, confidence, _ = torch.ops.lpmflow.cross_scale_fusion_triton(
+        leaves[:1], [3, 2, 2, 2], [3, 2, 0, 0, 0], 0.1, *leaves[1:]
+    )
+    assert mapping.shape == (1, 1, 2, 0, 2) and confidence.shape == (1, 1, 0, 2)
+    assert all((grad == 0).all() for grad in torch.autograd.grad(mapping, leaves, torch.empty_like(mapping)))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -235,11 +298,11 @@ def test_what_the_native_forward_keeps_serves_this_backward():
         pytest.skip(missing)
     corrs, x, y = inputs(FOUR)
     grids = [side for pair in FOUR[1] for grid in pair for side in grid]
-    h, w = FOUR[2]
-    kept = torch.ops.lpmflow.cross_scale_fusion_native(corrs, grids, [h, w, 0, 0, h], 0.1, x, y)
+    out = [*FOUR[2], 0, 0, FOUR[2][0]]
+    kept = torch.ops.lpmflow.cross_scale_fusion_native(corrs, grids, out, 0.1, x, y)
     given = torch.randn(kept[0].shape, generator=torch.Generator().manual_seed(1))
     backward = torch.ops.lpmflow.cross_scale_fusion_triton_backward
-    found, grad_x, grad_y = backward(given, corrs, grids, [h, w], 0.1, x, y, *kept)
+    found, grad_x, grad_y = backward(given, corrs, grids, out, 0.1, x, y, *kept)
     wanted = everything(reference.cross_scale_fusion, FOUR, corrs, x, y)
     for s, grad in enumerate(found):
         torch.testing.assert_close(grad, wanted[f"grad_corrs[{s}]"], rtol=1e-4, atol=1e-5)
@@ -287,11 +350,11 @@ def test_opcheck(layout):
         corrs = [corr.mT.contiguous().mT for corr in corrs]
     grids = [side for pair in case[1] for grid in pair for side in grid]
     leaves = [leaf.detach().requires_grad_() for leaf in (*corrs, x, y)]
-    arguments = (leaves[:-2], grids, [3, 2], 0.1, *leaves[-2:])
+    arguments = (leaves[:-2], grids, [3, 2, 0, 0, 3], 0.1, *leaves[-2:])
     torch.library.opcheck(torch.ops.lpmflow.cross_scale_fusion_triton.default, arguments)
     with torch.no_grad():
         outputs = torch.ops.lpmflow.cross_scale_fusion_triton(*arguments)
-    arguments = (torch.randn(outputs[0].shape), corrs, grids, [3, 2], 0.1, x, y, *outputs)
+    arguments = (torch.randn(outputs[0].shape), corrs, grids, [3, 2, 0, 0, 3], 0.1, x, y, *outputs)
     backward = torch.ops.lpmflow.cross_scale_fusion_triton_backward.default
     torch.library.opcheck(backward, arguments)
     torch.library.opcheck(backward, (*arguments, False))
