@@ -182,6 +182,10 @@ def grad_tables_kernel(
     a_r, r_first, r_end = rows_of_group(i_row % groups_r, scale, h, first_row, rows)
     p_corr = scale.corr + i_b * scale.stride_b
     i_cells = i_b * cells_b + cells_s
+    # moved so that cells count from the output's first row, not the part's: registers are short in the loop
+    p_grad += 2 * i_cells - first_row * w
+    p_confidence += i_cells - first_row * w
+    p_largest += i_cells - first_row * w
     o_i = i_tile // tiles_w * BLOCK_H + tl.arange(0, BLOCK_H)
     o_j = i_tile % tiles_w * BLOCK_W + tl.arange(0, BLOCK_W)
     m_tile = (o_i < h)[:, None] & (o_j < w)[None, :]
@@ -197,10 +201,10 @@ def grad_tables_kernel(
             down = share_of_next(r, scale.step_r, a_r)
             for c in range(c_first, c_end):
                 right = share_of_next(c, scale.step_c, a_c)
-                i_cell = i_cells + (r - first_row) * w + c
+                i_cell = r * w + c
                 b_p = probabilities(b_sources, m_tile, down, right, p_largest + i_cell, p_confidence + i_cell, exponent)
-                b_x += b_p * tl.load(p_grad + i_cells + i_cell)
-                b_y += b_p * tl.load(p_grad + i_cells + i_cell + rows * w)
+                b_x += b_p * tl.load(p_grad + i_cell)
+                b_y += b_p * tl.load(p_grad + i_cell + rows * w)
     p_x = p_partial_x + (i_row.to(tl.int64) * tiles_h + i_tile // tiles_w) * w
     p_y = p_partial_y + (i_row.to(tl.int64) * tiles_w + i_tile % tiles_w) * h
     tl.store(p_x + o_j, tl.sum(b_x, axis=0), mask=o_j < w)
