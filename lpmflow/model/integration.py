@@ -81,11 +81,12 @@ class FlowIntegration(nn.Module):
     def refine(self, flows: Tensor, source: Tensor) -> Tensor:
         """The correction r (B, 2, 4h, 4w) of the finest flow, from all flows and the fine source tokens."""
         maps = source[:, 1:].transpose(1, 2).unflatten(2, self.config.fine_grid)
-        context = F.relu(self.context(maps))
+        # Channels last before the map has grown: it is interpolated faster so, and the windows read it as it lies.
+        context = F.relu(self.context(maps)).contiguous(memory_format=torch.channels_last)
         context = F.interpolate(context, self.config.flow_grid, mode="bilinear", align_corners=True)
-        context = self.context_dropout(context)
-        parts = (flows[:, 0], context, *flows[:, 1:].unbind(1))
-        x = torch.cat(parts, dim=1).permute(0, 2, 3, 1).contiguous()
+        context = self.context_dropout(context).permute(0, 2, 3, 1)
+        first, *others = flows.permute(0, 3, 4, 1, 2).unbind(3)
+        x = torch.cat((first, context, *others), dim=-1)
         total = torch.zeros_like(x)
         for stage, gate in zip(self.stages, self.gates, strict=True):
             x = gate(*stage(x))
