@@ -138,3 +138,8 @@ def refuse_second_order(op: str, ctx: Any, *grads: Tensor | None) -> tuple[Any, 
         f"{op}: the triton backend has no second derivative; use backend='reference' where the gradient is "
         f"differentiated again"
     )
+
+
+def refuse_gradient(op: str, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    """What an operator for inference has for a gradient."""
+    raise RuntimeError(f"{op}: the triton backend does this for inference only, and has no derivative")

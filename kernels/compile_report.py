@@ -24,16 +24,17 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lpmflow_kernels import correlation, cross_scale_fusion, region_attention, window_refinement
+from lpmflow_kernels import correlation, cross_scale_fusion, region_attention, window_refinement, window_stage
 from lpmflow_kernels._launch import DTYPES, Launch, Tiles, keep_launches
 
 # Head widths of correlation and region_attention, sides of the output grid of cross_scale_fusion, windows of
-# window_attention.
+# window_attention and window_stage.
 WIDTHS = (12, 24, 32, 64, 96, 128, 160, 256)
 SIZES = {
     "correlation": WIDTHS,
     "cross_scale_fusion": (24, 32, 64),
     "window_attention": (4, 7, 8, 12, 16, 32),
+    "window_stage": (4, 7, 8, 12, 16, 32),
     "region_attention": WIDTHS,
 }
 CAPABILITIES = (80, 90, 100)
@@ -129,6 +130,27 @@ def window_attention_launches(dtype: torch.dtype, window: int) -> list[tuple[str
     return found
 
 
+def window_stage_launches(dtype: torch.dtype, window: int) -> list[tuple[str, Launch]]:
+    """The refinement of the tiny and of the base network, and of the latter under autocast, whose map is float32."""
+    found = []
+    kinds = {"of 48 channels": (48, 3, dtype), "of 96 channels": (96, 8, dtype)}
+    if dtype != torch.float32:
+        kinds["of 96 channels, autocast"] = (96, 8, torch.float32)
+    for label, (c, heads, map_type) in kinds.items():
+        norm, hidden = [(c,), (c,)], 4 * c
+        shapes = [*norm, (3 * c, c), (3 * c,), ((2 * window - 1) ** 2, heads), (c, c), (c,), *norm]
+        shapes += [(hidden, c), (hidden,), (c, hidden), (c,), *norm]
+        # Under autocast a loaded network has its matrices and their biases in the lower type, not its normalisations.
+        low = (2, 3, 5, 6, 9, 10, 11, 12)
+        types = [dtype if place in low else map_type for place in range(len(shapes))]
+        weights = [torch.empty(shape, dtype=kind, device="meta") for shape, kind in zip(shapes, types, strict=True)]
+        x = torch.empty((2, 128, 128, c), dtype=map_type, device="meta")
+        with keep_launches() as kept:
+            window_stage.forward(x, weights, heads, window, 1e-5)
+        found.extend((label, launch) for launch in kept)
+    return found
+
+
 def region_attention_launches(dtype: torch.dtype, width: int) -> list[tuple[str, Launch]]:
     """Forward and backward of two grids of 16 x 16, as the base network has them."""
     q, k, v = (torch.empty((2, 8, 514, width), dtype=dtype, device="meta") for _ in range(3))
@@ -145,6 +167,7 @@ LAUNCHES: dict[str, Callable[[torch.dtype, int], list[tuple[str, Launch]]]] = {
     "correlation": correlation_launches,
     "cross_scale_fusion": cross_scale_fusion_launches,
     "window_attention": window_attention_launches,
+    "window_stage": window_stage_launches,
     "region_attention": region_attention_launches,
 }
 

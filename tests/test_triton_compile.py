@@ -18,6 +18,7 @@ from lpmflow_kernels import (  # noqa: E402
     cross_scale_fusion,
     region_attention,
     window_refinement,
+    window_stage,
 )
 from lpmflow_kernels._launch import Tiles, keep_launches  # noqa: E402
 
@@ -116,6 +117,37 @@ def test_window_attention_of_sizes_and_strides_of_one_compiles():
         out = window_refinement.forward(qkv, table, 1, 1, 0)
         window_refinement.backward(out, qkv, table, 1, 1, 0)
     assert len(launches) == 3
+    for launch in launches:
+        assert compile_report.compile_launch("", launch, 80).registers > 0
+
+
+@pytest.mark.parametrize(
+    ("window", "dtype", "label", "capability"),
+    [
+        (16, "bf16", "of 96 channels, autocast", 90),
+        (8, "fp16", "of 96 channels", 80),
+        (4, "bf16", "of 96 channels, autocast", 100),
+        (4, "fp32", "of 48 channels", 90),
+    ],
+)
+def test_window_stage_compiles_without_spills(window, dtype, label, capability):
+    launches = [x for name, x in compile_report.LAUNCHES["window_stage"](TYPES[dtype], window) if name == label]
+    assert len(launches) == (3 if window > 8 or dtype == "fp32" else 2)
+    for launch in launches:
+        compiled = compile_report.compile_launch("", launch, capability)
+        assert compiled.fault() is None
+        if dtype == "fp32" or launch.kernel is window_stage.pool_kernel:
+            assert compiled.multiplier == "fma", compiled.kernel  # never as TF32
+        else:
+            assert compiled.multiplier == {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}[capability], compiled.kernel
+
+
+def test_window_stage_of_sizes_and_strides_of_one_compiles():
+    ones = [(1,), (1,), (3, 1), (3,), (1, 1), (1, 1), *[(1,)] * 3, (1, 1), (1,), (1, 1), *[(1,)] * 3]
+    weights = [torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ones]
+    with keep_launches() as launches:
+        window_stage.forward(weights[0].new_empty(1, 1, 1, 1), weights, 1, 1, 1.0)
+    assert len(launches) == 2
     for launch in launches:
         assert compile_report.compile_launch("", launch, 80).registers > 0
 

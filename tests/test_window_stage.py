@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from kernel_bench import LAYOUTS, assert_within_budget, laid_out, poisoned
+from stages import exactly, inputs
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -52,38 +53,6 @@ def passes(monkeypatch) -> list[Tensor]:
 
     monkeypatch.setattr(module, "window_stage", counted)
     return seen
-
-
-def inputs(size, dtype=torch.float32, seed=0) -> tuple[Tensor, StageWeights, dict[str, int]]:
-    batch, height, width, channels, heads, window, hidden = size
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape):
-        return (torch.randn(*shape, generator=generator) * shape[-1] ** -0.5 * (2 if len(shape) == 2 else 1)).to(dtype)
-
-    weights = StageWeights(
-        1 + random(channels),
-        random(channels),
-        random(3 * channels, channels),
-        random(3 * channels),
-        random((2 * window - 1) ** 2, heads),
-        random(channels, channels),
-        random(channels),
-        1 + random(channels),
-        random(channels),
-        random(hidden, channels),
-        random(hidden),
-        random(channels, hidden),
-        random(channels),
-        1 + random(channels),
-        random(channels),
-    )
-    x = torch.randn(batch, height, width, channels, generator=generator).to(dtype)
-    return x, weights, {"heads": heads, "window": window}
-
-
-def exactly(x: Tensor, weights: StageWeights, **sizes: int) -> PooledMap:
-    return reference.window_stage(x.double(), StageWeights(*(w.double() for w in weights)), **sizes, eps=1e-5)
 
 
 def compare(x: Tensor, weights: StageWeights, sizes: dict[str, int]) -> None:

@@ -38,10 +38,11 @@ def window_stage(
     Returns:
         `PooledMap`: the map (B, H, W, C), its mean and its highest (B, C).
 
-    On the CPU the native backend computes the whole stage in one pass over the map, where nothing asks for a gradient,
-    autocast is off, everything is float32 or everything float64, and the stage is narrow enough for its weights to
-    stay in the cache. Elsewhere the layers run one by one, the backend does the attention among them, and everything
-    is differentiable, with other derivatives and `torch.func` as in `window_attention`.
+    Where nothing asks for a gradient, two backends compute the whole stage in one pass over the map: the native one on
+    the CPU, where autocast is off, everything is float32 or everything float64, and the stage is narrow enough for its
+    weights to stay in the cache; and the triton one, for up to 96 channels in heads of up to 32, under autocast where x
+    is float32. Elsewhere the layers run one by one, the backend does the attention among them, and everything is
+    differentiable, with other derivatives and `torch.func` as in `window_attention`.
 
     Raises TypeError or ValueError naming the argument, RuntimeError when the named backend cannot run.
     """
@@ -55,10 +56,15 @@ def window_stage(
     _check_weights(weights, x, heads, window)
     width, table = x.shape[-1] // heads, weights.bias_table
     chosen = choose(ATTENTION, backend, x.device.type, lambda name: why_not_attention(name, x, table, width, window))
-    if chosen == "native" and _in_one_pass(x, weights):
+    if chosen == "native" and _in_one_pass(chosen, x, weights, heads, window):
         from lpmflow_kernels.native import window_stage as native
 
         return PooledMap(*native.window_stage(x, weights, heads=heads, window=window, eps=eps))
+    if chosen == "triton" and _in_one_pass(chosen, x, weights, heads, window):
+        from lpmflow_kernels import window_stage as triton
+
+        dtype = _multiplied_in(x)
+        return PooledMap(*triton.window_stage(x, weights, heads=heads, window=window, eps=eps, dtype=dtype))
     attend = functools.partial(window_attention, backend=backend)
     layer = {"linear": linear} if chosen == "native" else {}
     return reference.window_stage(x, weights, heads=heads, window=window, eps=eps, attend=attend, **layer)
@@ -85,11 +91,23 @@ def _check_weights(weights: StageWeights, x: Tensor, heads: int, window: int) ->
             raise TypeError(f"{OP}: {name} must have x's dtype {x.dtype} outside autocast, got {value.dtype}")
 
 
-def _in_one_pass(x: Tensor, weights: StageWeights) -> bool:
-    """Whether the native backend may do the stage at once."""
-    derivative = needs_gradient(x, *weights) or has_tangent(x, *weights)
-    if derivative or torch.is_autocast_enabled(x.device.type):
-        return False
-    from lpmflow_kernels.native import window_stage as native
+def _multiplied_in(x: Tensor) -> torch.dtype:
+    """The type of the layers' products: x's, and autocast's where that is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
-    return native.fits(x, weights)
+
+def _in_one_pass(backend: str, x: Tensor, weights: StageWeights, heads: int, window: int) -> bool:
+    """Whether the chosen backend may do the stage at once."""
+    if needs_gradient(x, *weights) or has_tangent(x, *weights):
+        return False
+    mixed = torch.is_autocast_enabled(x.device.type)
+    if backend == "native":
+        from lpmflow_kernels.native import window_stage as native
+
+        return not mixed and native.fits(x, weights)
+    from lpmflow_kernels import window_stage as triton
+
+    if mixed and x.dtype != torch.float32:
+        return False  # layer after layer, what comes out is of a type of its own
+    return triton.why_not(x, heads=heads, window=window, dtype=_multiplied_in(x)) is None
