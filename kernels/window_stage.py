@@ -10,7 +10,7 @@ type. Products have operands of the type of the matrices, float16 and bfloat16 a
 TF32); everything between two products is float32.
 
     stage        one program per block of cells of one map: from x to out, one read and one write
-    project      before it where a window is larger than a block: norm1 and qkv, one program per block
+    project      before it where a window is larger than a block, and in float32: norm1 and qkv, one program per block
     pool         one program per (map, some channels): the blocks' sums and maxima to mean and highest
 
 A block is a few windows side by side, or a part of one. A program holds the sums y of its rows, (BLOCK_Q, C), and goes
@@ -246,24 +246,26 @@ MAX_WINDOW = 32
 _POOL = Tiles(64, 32, 4, 1)
 
 
-def configuration(window: int, dtype: torch.dtype) -> Tiles:
+def configuration(window: int, channels: int, dtype: torch.dtype) -> Tiles:
     """The tuning of `project` and `stage` for the matrices' type: rows of a block, keys of a tile or hidden channels.
 
     Chosen from what the compiler reports for the windows and channels of the models; not measured. In float16 and
     bfloat16 the 64 rows are a window of 8 x 8 and what a warpgroup of Hopper multiplies at once. With 96 channels they
     take 240 to 255 registers of four warps, so that two programs share a multiprocessor; 128 rows of eight warps spill,
-    and so do windows of 4 x 4 on Blackwell with loads of the MLP in flight. Exact float32 products run unrolled on the
-    CUDA cores, where 64 rows are at the limit. No thread puts aside more than 16 bytes, on Ampere and Hopper in float16
-    and bfloat16 none.
+    and on Blackwell so do windows of 4 x 4 with loads of the MLP in flight and those whose sides are no powers of two.
+    Exact float32 products run unrolled on the CUDA cores, where 64 rows are at the limit. None of those compiled puts
+    aside more than 16 bytes a thread.
     """
     if dtype == torch.float32:
         return Tiles(32, 32, 8, 1)
+    if window & (window - 1) and channels > 64:  # rows and columns of cells come by divisions, which want registers
+        return Tiles(32, 32, 4, 1)
     return Tiles(64, 32, 4, 2 if window > 4 else 1, registers=255)
 
 
-def is_staged(window: int, dtype: torch.dtype) -> bool:
+def is_staged(window: int, channels: int, dtype: torch.dtype) -> bool:
     """Whether `project` goes before `stage`: in float32 always, where making q, k and v on the way spills."""
-    return window * window > configuration(window, dtype).block_q or dtype == torch.float32
+    return window * window > configuration(window, channels, dtype).block_q or dtype == torch.float32
 
 
 def group(window: int, rows: int) -> int:
@@ -293,7 +295,7 @@ def forward(x: Tensor, weights: list[Tensor], heads: int, window: int, eps: floa
     layers, table = weights[:4] + weights[5:], weights[4]
     named = {name: Layer(*layers[2 * i : 2 * i + 2]) for i, name in enumerate(_LAYERS)}
     dtype, (head, tail) = weights[2].dtype, split_width(channels)
-    tiles, staged = configuration(window, dtype), is_staged(window, dtype)
+    tiles, staged = configuration(window, channels, dtype), is_staged(window, channels, dtype)
     cut = Cut(height, width, triton.cdiv(height, window), triton.cdiv(width, window))
     together = group(window, tiles.block_q)
     blocks = triton.cdiv(cut.rows * cut.columns, together) * triton.cdiv(window * window, tiles.block_q // together)

@@ -42,7 +42,7 @@ KINDS = [(1, 5, 6, 6, 1, 4, 12), (1, 8, 5, 6, 1, 8, 12), (1, 9, 8, 6, 1, 9, 12)]
 @pytest.fixture
 def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32 too, which has small ones for want of registers: fewer programs."""
-    monkeypatch.setattr(op, "configuration", lambda window, dtype: Tiles(64, 32, 4, 1))
+    monkeypatch.setattr(op, "configuration", lambda *_: Tiles(64, 32, 4, 1))
 
 
 @pytest.fixture(autouse=True)
@@ -87,15 +87,15 @@ def test_values_and_statistics(size, dtype):
 @pytest.mark.parametrize("staged", [False, True])
 @pytest.mark.parametrize("size", [(1, 3, 9, 6, 2, 2, 12), KINDS[1]], ids=str)
 def test_whole_windows_with_q_k_v_from_memory_or_made_on_the_way(size, staged, monkeypatch):
-    monkeypatch.setattr(op, "configuration", lambda window, dtype: Tiles(64, 64, 4, 1))
-    monkeypatch.setattr(op, "is_staged", lambda window, dtype: staged)
+    monkeypatch.setattr(op, "configuration", lambda *_: Tiles(64, 64, 4, 1))
+    monkeypatch.setattr(op, "is_staged", lambda *_: staged)
     compare(*inputs(size))
 
 
 def test_statistics_of_many_blocks(monkeypatch):
     """More than one round of the kernel that puts them together; channels that are no multiple of its width."""
     monkeypatch.setattr(op, "_POOL", Tiles(2, 16, 4, 1))
-    monkeypatch.setattr(op, "configuration", lambda window, dtype: Tiles(16, 16, 4, 1))
+    monkeypatch.setattr(op, "configuration", lambda *_: Tiles(16, 16, 4, 1))
     compare(*inputs((1, 3, 5, 20, 1, 2, 8)))
 
 
