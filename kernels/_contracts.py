@@ -120,3 +120,23 @@ def check_cross_scale_fusion_gradient(
         check_tensor(op, name, value, (*scales, 2, *cells), corrs[0], exact)
     for name, value in (("confidence", confidence), ("largest", largest)):
         check_tensor(op, name, value, (*scales, *cells), corrs[0], exact)
+
+
+def check_window_stage(x: Tensor, weights: Sequence[Tensor], heads: int, window: int, dtypes: Types) -> None:
+    """x (B, H, W, C) without an empty side but B, and the 15 weights of a stage, of any floating types."""
+    op = "window_stage"
+    check_first(op, "x", x, "B, H, W, C", dtypes)
+    for name, side in zip(("height", "width", "number of channels"), x.shape[1:], strict=True):
+        check_range(op, f"the {name} of x", side, 1)
+    check_range(op, "heads", heads, 1)
+    check_range(op, "window", window, 1)
+    if x.shape[3] % heads:
+        raise ValueError(f"{op}: x must have a multiple of heads ({heads}) channels, got {x.shape[3]}")
+    if len(weights) != 15 or weights[9].ndim != 2:
+        raise ValueError(f"{op}: weights must be the 15 of a stage, in their order, got {len(weights)}")
+    c, hidden = x.shape[3], weights[9].shape[0]
+    norm, table = [(c,), (c,)], ((2 * window - 1) ** 2, heads)
+    attention = [(3 * c, c), (3 * c,), table, (c, c), (c,)]
+    shapes = [*norm, *attention, *norm, (hidden, c), (hidden,), (c, hidden), (c,), *norm]
+    for i, (weight, shape) in enumerate(zip(weights, shapes, strict=True)):
+        check_tensor(op, f"weights[{i}]", weight, shape, x)

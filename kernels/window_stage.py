@@ -39,6 +39,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lpmflow_kernels._contracts import check_window_stage
 from lpmflow_kernels._launch import (
     DTYPES,
     Tiles,
@@ -275,15 +276,21 @@ def group(window: int, rows: int) -> int:
 
 def why_not(x: Tensor, *, heads: int, window: int, dtype: torch.dtype) -> str | None:
     """None when the kernels can compute with maps like `x`, multiplied in `dtype`, else the reason in one sentence."""
-    if x.shape[-1] > MAX_CHANNELS:
-        return f"it takes maps of up to {MAX_CHANNELS} channels, got {x.shape[-1]}"
-    if x.shape[-1] > MAX_WIDTH * heads:
-        return f"it takes head widths of up to {MAX_WIDTH}, got {x.shape[-1] // heads}"
-    if window > MAX_WINDOW:
-        return f"it takes windows of up to {MAX_WINDOW} x {MAX_WINDOW} cells, got {window} x {window}"
+    if (reason := _why_not_sizes(x.shape[-1], heads, window)) is not None:
+        return reason
     if dtype not in DTYPES:
         return f"it multiplies in float32, float16 and bfloat16, not in {str(dtype).removeprefix('torch.')}"
     return why_not_on_device("x", x)
+
+
+def _why_not_sizes(channels: int, heads: int, window: int) -> str | None:
+    if channels > MAX_CHANNELS:
+        return f"it takes maps of up to {MAX_CHANNELS} channels, got {channels}"
+    if channels > MAX_WIDTH * heads:
+        return f"it takes head widths of up to {MAX_WIDTH}, got {channels // heads}"
+    if window > MAX_WINDOW:
+        return f"it takes windows of up to {MAX_WINDOW} x {MAX_WINDOW} cells, got {window} x {window}"
+    return None
 
 
 def forward(x: Tensor, weights: list[Tensor], heads: int, window: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -333,6 +340,8 @@ def forward(x: Tensor, weights: list[Tensor], heads: int, window: int, eps: floa
     return outputs
 
 
+_MATRICES = (2, 5, 9, 11)
+"""Of the weights: those of linear layers, in the type that is multiplied in."""
 _LAYERS = ("norm1", "to_qkv", "proj", "norm2", "fc1", "fc2", "norm_out")
 
 
@@ -341,11 +350,17 @@ def _map(x: Tensor) -> Map:
 
 
 def _outputs(x: Tensor, weights: list[Tensor], heads: int, window: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    check_window_stage(x, weights, heads, window, DTYPES)
+    if any(weight.dtype not in DTYPES for weight in weights) or len({weights[i].dtype for i in _MATRICES}) > 1:
+        raise TypeError(f"{OP}: weights must be float32, float16 or bfloat16, and those of linear layers of one type")
+    if (reason := _why_not_sizes(x.shape[3], heads, window)) is not None:
+        raise ValueError(f"{OP}: the triton backend cannot do this: {reason}")
     pooled = (x.shape[0], x.shape[3])
     return x.new_empty(x.shape), x.new_empty(pooled), x.new_empty(pooled)
 
 
 define(
+    OP,
     "window_stage_triton",
     "(Tensor x, Tensor[] weights, SymInt heads, SymInt window, float eps) -> (Tensor, Tensor, Tensor)",
     forward,
@@ -358,5 +373,5 @@ def window_stage(
     x: Tensor, weights: Sequence[Tensor], *, heads: int, window: int, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(map, mean, highest) of checked arguments, multiplied in `dtype`; see `lpmflow.ops.window_stage`."""
-    matrices = [w.to(dtype) if place in (2, 5, 9, 11) else w for place, w in enumerate(weights)]
+    matrices = [w.to(dtype) if place in _MATRICES else w for place, w in enumerate(weights)]
     return torch.ops.lpmflow.window_stage_triton(x, matrices, heads, window, eps)

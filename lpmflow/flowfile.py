@@ -65,7 +65,7 @@ def replacing(path: PathLike) -> Iterator[Path]:
 def is_stream(path: PathLike) -> bool:
     """Whether a path is a device, a pipe or another place that is written to and never replaced."""
     final = as_path(path).absolute()
-    if str(final.parent) in ("/dev", "/dev/fd") or final.parts[1:2] == ("proc",):
+    if str(final.parent) in ("/dev", "/dev/fd") or final.parts[1:2] == ("proc",) and final.parent.name == "fd":
         return True  # what /dev/stdout leads to may be a file
     return final.exists() and not final.is_file() and not final.is_dir()
 

@@ -79,6 +79,8 @@ def image_size(path: str | bytes | os.PathLike[Any], name: str = "image") -> tup
     """
     with _opened(path, name) as image:
         try:
+            if image.format == "TIFF":
+                image.load()  # whose header Pillow turns already, and drops the tag only here
             turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
         except Exception as error:
             raise OSError(

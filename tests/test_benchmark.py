@@ -277,6 +277,18 @@ def test_tables_are_printed_before_files_are_written(
     assert said.err.splitlines()[-1].startswith(f"lpmflow: error: --json {folder / 'a'} could not be written: ")
 
 
+def test_tables_that_cannot_be_printed_cost_no_file(
+    tmp_path: Path, asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(command, "print", full, raising=False)
+    root, file = keypoints(tmp_path / "made-up", THREE), tmp_path / "out.json"
+    assert cli.main(["evaluate", "--benchmark", "spair", "--root", str(root), "--json", str(file)]) == 1
+    assert json.loads(file.read_text())["pairs"] == 3
+
+
 def test_a_picture_that_fails_costs_no_figure(
     tmp_path: Path, asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

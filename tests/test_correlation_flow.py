@@ -231,6 +231,18 @@ def test_a_block_computed_again_is_computed_by_the_same_backend(named, monkeypat
     assert [ops.last_backend(op) for op in by_op] == wanted and "reference" in wanted
 
 
+def test_a_block_computed_again_where_another_backend_is_named(monkeypatch):
+    """Nothing was named in the forward, and what is named around the backward is not for it."""
+    tensors = [x.requires_grad_() for x in inputs(CASES[3])]
+    q, k, v, x, y = tensors
+    monkeypatch.setattr(module, "BLOCK_BYTES", 1)
+    found = correlation_flow_function(q, k, v, source_grid=(4, 3), target_grid=(8, 6), x=x, y=y)
+    chosen = ops.last_backend("correlation")
+    with ops.use_backend("reference"):
+        torch.autograd.grad(found.mapping.sum() + found.attended.sum(), tensors)
+    assert ops.last_backend("correlation") == chosen
+
+
 @pytest.mark.parametrize("case", [CASES[2], CASES[4]], ids=str)
 def test_inference_compiles_whole(case, pieces):
     options = {"source_grid": case[0], "target_grid": case[1], "out_grid": case[2], "prefix": case[3]}

@@ -362,7 +362,7 @@ def test_preprocess_antialiases():
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
 def test_the_size_of_a_file_is_that_of_the_image(tmp_path, suffix, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation

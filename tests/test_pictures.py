@@ -39,10 +39,15 @@ def test_the_worst_at_the_alpha_given(tmp_path: Path, name: str, monkeypatch: py
     draw = pictures.prediction_figure
     monkeypatch.setattr(pictures, "prediction_figure", lambda *a, **k: seen.append((a, k)) or draw(*a, **k))
     folder = tmp_path / "worst"
+    folder.mkdir()
+    mine = folder / "003-mine.png"  # a user's own
+    Image.new("RGB", (4, 4)).save(mine)
+    (folder / "004-text.png").write_text("no picture")
     for count, alpha in ((3, 0.05), (2, 0.1)):
         seen.clear()
         drawn = pictures.draw_worst(scores, pairs, landed, count, folder, alpha)
-        assert drawn == sorted(folder.iterdir())  # none is left of an earlier run
+        assert mine.exists() and (folder / "004-text.png").exists()
+        assert {*drawn} == {*folder.iterdir()} - {mine, folder / "004-text.png"}  # none is left of an earlier run
         assert [path.name for path in drawn] == ["001-c.png", "002-b_cup.png", "003-a.png"][:count]
         _, options = seen[1]
         assert f" at alpha {alpha:g} ({name}), mean error " in options["title"]

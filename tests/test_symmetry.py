@@ -68,6 +68,9 @@ def test_a_pair_may_say_all_that_its_target_shows() -> None:
         *(True, False),
         *(True, True),
     ]
+    # where target points are transferred, they land in the source, of which nothing more is known
+    backward = geometry_aware_points([shown, pair("cat", [9, 10])], {"cat": EARS_AND_LEGS}, backward=True)
+    assert backward.tolist() == [False, False, True, True]
 
 
 def test_pairs_that_do_not_say_which_points_they_have() -> None:

@@ -40,6 +40,7 @@ def test_a_file_may_hold_the_head_of_a_classifier(backbone, weights, suffix, tmp
     else:
         save_file(parameters, path)
     net = ZeroShot(backbone, weights=path).net
+    assert not net.pretrained_cfg.get("state_dict")  # the file's numbers are not kept a second time
     for name, value in net.state_dict().items():
         torch.testing.assert_close(value, parameters[name], rtol=0, atol=0)
 
@@ -118,6 +119,8 @@ def test_refusals_name_the_argument(backbone, weights, tmp_path, fake_model):
         Matcher("zero-shot", "cpu")
     with pytest.raises(ValueError, match="backbone must be the name of a timm model, got 'vit_huge'"):
         Matcher("zero-shot", "cpu", backbone="vit_huge")
+    with pytest.raises(ValueError, match="backbone must be the name of a timm model, got 'test_vit.none': Invalid"):
+        Matcher("zero-shot", "cpu", backbone="test_vit.none", backbone_weights=weights)
     with pytest.raises(FileNotFoundError, match="backbone_weights must be a file of parameters, but there is no"):
         Matcher("zero-shot", "cpu", backbone=backbone, backbone_weights=tmp_path / "none.pth")
     with pytest.raises(ValueError, match="readout must be one of window, nearest, got 'best'"):

@@ -17,9 +17,9 @@ class Fusion {
   using Vec = typename Simd<T>::Vec;
   static constexpr int kLanes = Simd<T>::kLanes;
 
-  explicit Fusion(const CrossScaleFusion& op) : op_(op), row_(op), columns_(row_.width()) {}
+  explicit Fusion(const CrossScaleFusion& op) : op_(op), row_(op) {}
 
-  bool failed() const { return row_.failed() || columns_.failed(); }
+  bool failed() const { return row_.failed(); }
 
   void begin_scale(int64_t s) {
     index_ = s;
@@ -61,7 +61,6 @@ class Fusion {
   const CrossScaleFusion& op_;
   int64_t index_ = 0;
   FusionRow<In, T> row_;
-  Buffer<T> columns_;
 };
 
 // Gradients are gathered as lines of the output width, `ht` of them to a coarse source cell, and brought to the width of

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lpmflow_kernels._checks import check_first, check_range, check_tensor
+from lpmflow_kernels._contracts import check_window_stage
 from lpmflow_kernels.native import DTYPES, check, dense_rows, loaded
 from lpmflow_kernels.native._register import Operator, register_forward
 
@@ -59,27 +59,9 @@ def _run(x: Tensor, weights: list[Tensor], heads: int, window: int, eps: float) 
 
 
 def _outputs(x: Tensor, weights: list[Tensor], heads: int, window: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x, weights, heads, window)
+    check_window_stage(x, weights, heads, window, (torch.float32, torch.float64))
     pooled = (x.shape[0], x.shape[3])
     return x.new_empty(x.shape), x.new_empty(pooled), x.new_empty(pooled)
-
-
-def _check(x: Tensor, weights: list[Tensor], heads: int, window: int) -> None:
-    check_first(OP, "x", x, "B, H, W, C", (torch.float32, torch.float64))
-    for name, side in zip(("height", "width", "number of channels"), x.shape[1:], strict=True):
-        check_range(OP, f"the {name} of x", side, 1)
-    check_range(OP, "heads", heads, 1)
-    check_range(OP, "window", window, 1)
-    if x.shape[3] % heads:
-        raise ValueError(f"{OP}: x must have a multiple of heads ({heads}) channels, got {x.shape[3]}")
-    if len(weights) != 15 or weights[9].ndim != 2:
-        raise ValueError(f"{OP}: weights must be the 15 of a stage, in their order, got {len(weights)}")
-    c, hidden = x.shape[3], weights[9].shape[0]
-    norm, table = [(c,), (c,)], ((2 * window - 1) ** 2, heads)
-    attention = [(3 * c, c), (3 * c,), table, (c, c), (c,)]
-    shapes = [*norm, *attention, *norm, (hidden, c), (hidden,), (c, hidden), (c,), *norm]
-    for i, (weight, shape) in enumerate(zip(weights, shapes, strict=True)):
-        check_tensor(OP, f"weights[{i}]", weight, shape, x)
 
 
 register_forward(

@@ -87,9 +87,10 @@ def _finish(report: Report, args: argparse.Namespace, here: World) -> None:
         return
     groups = {"groups": Path(args.groups).name} if args.groups else {}
     report = dataclasses.replace(report, settings={**report.settings, **groups, "options": options_of(args)})
-    # first what cannot fail for want of room; flushed, since a file may be the same terminal or pipe
-    print("\n".join(report.lines()), flush=True)
-    write(report, **{name: getattr(args, name) for name in _WRITTEN})
+    try:  # the tables first, flushed, since a file may be the same terminal or pipe; neither loses the other
+        print("\n".join(report.lines()), flush=True)
+    finally:
+        write(report, **{name: getattr(args, name) for name in _WRITTEN})
 
 
 def make_matcher(options: dict[str, Any]) -> PairMatcher:

@@ -28,6 +28,7 @@ from lpmflow.evaluation import (
     protocol,
     score,
 )
+from lpmflow.evaluation.protocols import BACKWARD
 from lpmflow.evaluation.published import is_spair_test
 
 MASKS = "masks"
@@ -100,14 +101,16 @@ def evaluate(
         _check(rule, everything)
     numbers = spread(len(everything), limit)
     pairs = [everything[number] for number in numbers]
-    aware = None
+    aware: dict[str, NDArray[np.bool_]] = {}  # by direction: what is in view where the points land
     if groups is not None:
         owners = np.repeat(np.arange(len(everything)), [len(pair.source_points) for pair in everything])
-        aware = geometry_aware_points(everything, groups)[np.isin(owners, numbers)]
         _check_groups(groups, everything)
-        if not aware.any():
-            raise ValueError(f"limit must take in a pair with geometry-aware points for groups, got {limit}")
-    require_photographs(everything)
+        for direction in {rule.direction for rule in rules}:
+            found = geometry_aware_points(everything, groups, backward=direction == BACKWARD)
+            aware[direction] = found[np.isin(owners, numbers)]
+            if not aware[direction].any():
+                raise ValueError(f"limit must take in a pair with geometry-aware points for groups, got {limit}")
+    require_photographs(pairs)
     ways = list(dict.fromkeys(way(rule) for rule in rules)) or [_FORWARD]
     known = predict(
         everything, matcher, ways, root=root, batch_size=batch_size, workers=workers, file=predictions,
@@ -121,7 +124,7 @@ def evaluate(
         landed = known.landed(rule, numbers)
         scores = score(rule, pairs, landed, sizes)
         used[rule.name] = tuple(sorted(set(alphas or rule.alphas)))
-        rows += keypoint_rows(scores, used[rule.name], aware)
+        rows += keypoint_rows(scores, used[rule.name], aware.get(rule.direction))
         figures |= figures_of(scores, used[rule.name])
         if number == 0:
             first = scores, landed

@@ -263,7 +263,7 @@ class _Saver:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        (self.or_say_why_not if kind is None else self.save)()
+        self.or_say_why_not()  # what ends the block is what is raised
 
     def now_and_then(self) -> None:
         if time.monotonic() - self.saved > SAVE_EVERY:

@@ -11,10 +11,11 @@ and for each way of matching, such as "squash/forward": `.../done` (P,) uint8, a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,14 +149,15 @@ class Predictions:
         """
         from safetensors.numpy import save
 
-        if _state(path) not in (None, self._seen):
-            self.load(path)
-        tensors: dict[str, NDArray[Any]] = {"sizes": self.sizes, **self._points}
-        tensors.update((f"{name}/done", done) for name, done in self._done.items())
-        metadata = {**about, "format": FORMAT, "model": self.key.model, "pairs": self.key.pairs}
-        with replacing(path) as temporary:
-            temporary.write_bytes(save(tensors, {**metadata, "digest": _digest(tensors)}))
-        self.unsaved, self._seen = False, _state(path)
+        with _alone(path):
+            if _state(path) not in (None, self._seen):
+                self.load(path)
+            tensors: dict[str, NDArray[Any]] = {"sizes": self.sizes, **self._points}
+            tensors.update((f"{name}/done", done) for name, done in self._done.items())
+            metadata = {**about, "format": FORMAT, "model": self.key.model, "pairs": self.key.pairs}
+            with replacing(path) as temporary:
+                temporary.write_bytes(save(tensors, {**metadata, "digest": _digest(tensors)}))
+            self.unsaved, self._seen = False, _state(path)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Take over what the file holds and is not known yet.
@@ -242,3 +244,19 @@ def _state(path: str | os.PathLike[str]) -> tuple[int, ...] | None:
 def about(benchmark: str, split: str, model: str) -> dict[str, str]:
     """Text for the file's metadata."""
     return {"benchmark": benchmark, "split": split, "model name": model, "lpmflow": lpmflow.__version__}
+
+
+@contextlib.contextmanager
+def _alone(path: str | os.PathLike[str]) -> Iterator[None]:
+    """One process at a time reads and replaces files of a folder: its lock is the folder's, so that no file stays.
+
+    Where there are no such locks (Windows, some network disks) there is none.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            folder = os.open(Path(path).absolute().parent, os.O_RDONLY)
+            stack.callback(os.close, folder)
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield

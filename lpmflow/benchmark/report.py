@@ -168,8 +168,8 @@ def write(
             try:
                 with replacing(path) as temporary:
                     temporary.write_text(text(), encoding="utf-8")
-            except OSError as error:
-                reason = error.strerror or str(error)
+            except (OSError, ValueError) as error:  # ValueError: names that no text can hold
+                reason = getattr(error, "strerror", None) or str(error)
                 failed = failed or OSError(f"{as_path(path)} could not be written: {reason}")
     if failed is not None:
         raise failed

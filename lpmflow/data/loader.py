@@ -124,7 +124,7 @@ class PairDataset(Dataset[PairSample]):
 
 
 def require_photographs(pairs: Sequence[KeypointPair]) -> None:
-    """Refuse what `PairDataset` would, so far as headers of photographs tell, which are all that is read.
+    """Refuse what `PairDataset` would, so far as headers of photographs tell; a PNG is decoded for its orientation.
 
     Raises OSError for a file that is missing or no image, ValueError for one of another size than the pair says, and
     for points too far outside it; both name the photograph and the pair.

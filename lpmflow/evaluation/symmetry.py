@@ -35,8 +35,13 @@ def geometry_aware(point_ids: ArrayLike, groups: Groups, visible: ArrayLike | No
     return np.array([group >= 0 and bool(seen[group] >= 2) for group in mine], dtype=bool)
 
 
-def geometry_aware_points(pairs: Sequence[KeypointPair], groups: Mapping[str, Groups]) -> NDArray[np.bool_]:
+def geometry_aware_points(
+    pairs: Sequence[KeypointPair], groups: Mapping[str, Groups], *, backward: bool = False
+) -> NDArray[np.bool_]:
     """(K,): `geometry_aware` of every keypoint of `pairs`, for `Scores.pck(points=...)`; `groups` by category.
+
+    `backward` is for protocols that transfer target points: what they land in is the source, of which only the pair's
+    own points are known.
 
     What the target shows is `KeypointPair.target_visible`, or the pair's own points where the set does not say. A
     category without groups has no such points. Raises ValueError when a pair does not say which points it has, or
@@ -51,7 +56,8 @@ def geometry_aware_points(pairs: Sequence[KeypointPair], groups: Mapping[str, Gr
     for pair in pairs:
         if pair.point_ids is None:
             raise ValueError(f"groups need pairs that say which points they have, which {pair.name!r} does not")
-        found.append(geometry_aware(pair.point_ids, groups.get(pair.category, ()), pair.target_visible))
+        seen = None if backward else pair.target_visible
+        found.append(geometry_aware(pair.point_ids, groups.get(pair.category, ()), seen))
     aware = np.concatenate(found)
     if not aware.any():
         raise ValueError("groups must hold two points or more that some pair has marked together, but no pair has")

@@ -157,6 +157,9 @@ def _create(backbone: str, weights: str | os.PathLike[str] | None) -> Any:
         raise OSError(
             f"the weights of {backbone} could not be had from timm ({reason}); give a file as backbone_weights"
         ) from error
+    for kept in (getattr(net, "pretrained_cfg", None), getattr(net, "default_cfg", None)):
+        if isinstance(kept, dict):
+            kept.pop("state_dict", None)  # timm would hold the file's numbers as long as the network's
     if not hasattr(net, "forward_intermediates") or not hasattr(net, "pretrained_cfg"):
         raise ValueError(f"backbone must be a timm model that gives feature maps, which {backbone} does not")
     return net
@@ -166,7 +169,11 @@ def _overlay(timm: Any, backbone: str, path: Path) -> dict[str, Any]:
     """What has timm take its weights from a file, by its own rules for names, all of them and no others."""
     if not path.is_file():
         raise FileNotFoundError(f"backbone_weights must be a file of parameters, but there is no {str(path)!r}")
-    heads = timm.models.get_pretrained_cfg(backbone).classifier or ()
+    try:
+        trained = timm.models.get_pretrained_cfg(backbone)
+    except RuntimeError as error:
+        raise ValueError(f"backbone must be the name of a timm model, got {backbone!r}: {error}") from error
+    heads = getattr(trained, "classifier", None) or ()
     heads = (heads,) if isinstance(heads, str) else heads
     unwanted = {f"{head}.{kind}" for head in heads for kind in ("weight", "bias")}
     state_dict = {name: value for name, value in read_backbone(path).items() if name not in unwanted}

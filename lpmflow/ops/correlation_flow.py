@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lpmflow import reference
 from lpmflow.ops._autodiff import needs_gradient, transformed
-from lpmflow.ops._backends import _constant, named_backend
+from lpmflow.ops._backends import _constant, named_backend, use_backend
 from lpmflow.ops._checks import check_count, check_grid, check_shape, check_temperature, check_tensor
 from lpmflow.ops.correlation import correlation
 from lpmflow.ops.cross_scale_fusion import coordinate_table, fuse_part
@@ -105,6 +105,10 @@ def correlation_flow(
         mapping, confidence = fuse_part(corr, source, target, out, temperature, x, y, named, part)
         return attended, mapping, confidence
 
+    def run_as_named(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        with use_backend(**by_op):  # where none was named, none is when the block is computed again
+            return run(*arguments)
+
     whole = transformed() or volume_fits(q.shape[0], source, target, exact)
     line_bytes = max(q.shape[0] * source[1] * math.prod(target) * exact.itemsize, 1)
     # where rows are interpolated a block has the first line of the next one too
@@ -119,7 +123,7 @@ def correlation_flow(
         begin = block.first_line * source[1]
         arguments = (block, q[:, :, begin : prefix + begin + block.lines * source[1]], k, v, table_x, table_y)
         if again:
-            pieces = checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
+            pieces = checkpoint(run_as_named, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
             pieces = run(*arguments)
         attended, mapping, confidence = pieces
