@@ -104,12 +104,12 @@ def evaluate(
     aware: dict[str, NDArray[np.bool_]] = {}  # by direction: what is in view where the points land
     if groups is not None:
         owners = np.repeat(np.arange(len(everything)), [len(pair.source_points) for pair in everything])
-        _check_groups(groups, everything)
-        for direction in {rule.direction for rule in rules}:
+        for direction in dict.fromkeys(rule.direction for rule in rules):
             found = geometry_aware_points(everything, groups, backward=direction == BACKWARD)
             aware[direction] = found[np.isin(owners, numbers)]
-            if not aware[direction].any():
-                raise ValueError(f"limit must take in a pair with geometry-aware points for groups, got {limit}")
+        _check_groups(groups, everything)
+        if not all(found.any() for found in aware.values()):
+            raise ValueError(f"limit must take in a pair with geometry-aware points for groups, got {limit}")
     require_photographs(pairs)
     ways = list(dict.fromkeys(way(rule) for rule in rules)) or [_FORWARD]
     known = predict(
