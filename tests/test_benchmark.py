@@ -365,7 +365,7 @@ def test_two_models_are_compared_as_the_documentation_does(
     for name, shift in (("first", 3.0), ("second", 200.0)):
         report = evaluate("spair", root, lpmflow.Matcher(make_fake_model((shift, -2.0)), "cpu"))
         benchmark.write(report, pairs_csv=f"{name}.csv")
-    text = (Path(lpmflow.__file__).parent / "evaluation" / "README.md").read_text(encoding="utf-8")
+    text = (Path(__file__).resolve().parent.parent / "lpmflow" / "evaluation" / "README.md").read_text(encoding="utf-8")
     exec(text.split("```python\n")[1].split("```")[0], {})
     assert capsys.readouterr().out.splitlines()[-1] == "first - second: +75.0, 95 % interval +50.0 to +100.0"
 
@@ -435,7 +435,7 @@ def test_the_command_reads_symmetric_groups(
     assert cli.main(argv) == 1 and "--groups must be a JSON file, but there is no file" in capsys.readouterr().err
     groups.write_text('{"cup": 3}')
     assert cli.main(argv) == 1 and "must hold lists of groups by category" in capsys.readouterr().err
-    documented = Path(lpmflow.__file__).parent / "evaluation" / "README.md"
+    documented = Path(__file__).resolve().parent.parent / "lpmflow" / "evaluation" / "README.md"
     groups.write_text(documented.read_text(encoding="utf-8").split("```json\n")[1].split("```")[0])
     assert cli.main(argv) == 1 and capsys.readouterr().err.endswith(
         "groups must name a category of these pairs, cup, got cat\n"
