@@ -263,13 +263,13 @@ class _Saver:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        self.or_say_why_not()  # what ends the block is what is raised
+        self.or_say_why_not("")  # what ends the block is what is raised
 
     def now_and_then(self) -> None:
         if time.monotonic() - self.saved > SAVE_EVERY:
             self.or_say_why_not()
 
-    def or_say_why_not(self) -> None:
+    def or_say_why_not(self, and_now: str = "; matching goes on") -> None:
         """A full disk, or a file that is another's by now, is said once and stops nothing: figures need no file."""
         before, self.known.unwritten = self.known.unwritten, None
         try:
@@ -280,7 +280,7 @@ class _Saver:
             self.known.unwritten = error
             self.saved = time.monotonic()
             if before is None:
-                print(f"{self.known.unwritten}; matching goes on", file=sys.stderr, flush=True)
+                print(f"{self.known.unwritten}{and_now}", file=sys.stderr, flush=True)
 
     def save(self) -> None:
         if self.file is not None and self.known.unsaved:

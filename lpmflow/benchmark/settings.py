@@ -14,6 +14,16 @@ from typing import Any
 FIELDS = ("weights", "backbone", "readout", "image_size", "dtype", "device", "batch_size", "groups")
 """The columns of a CSV, empty where they do not apply; a report's `settings` may hold "options" besides."""
 
+_SAID = {
+    "weights": "weights {}",
+    "backbone": "backbone {}",
+    "readout": "readout {}",
+    "image_size": "{} pixels",
+    "dtype": "{}",
+    "batch_size": "batches of {}",
+    "groups": "groups {}",
+}
+
 _PATHS = ("root", "model", "backbone_weights", "groups")
 _WITHOUT = ("benchmark", "run", "json", "csv", "markdown", "pairs_csv", "predictions", "worst", "workers")
 """What changes no figure, and what is said first."""
@@ -54,19 +64,8 @@ def cells(settings: Mapping[str, Any]) -> dict[str, str]:
 def sentence(settings: Mapping[str, Any]) -> str:
     """The settings that are known, in one line: "lpmflow-tiny.safetensors, 192 x 192 pixels, float32 on cpu, ..."."""
     known = {name: text for name, text in cells(settings).items() if text}
-    said = []
-    if "weights" in known:
-        said.append(f"weights {known['weights']}")
-    if "backbone" in known:
-        said.append(f"backbone {known['backbone']}")
-    if "readout" in known:
-        said.append(f"readout {known['readout']}")
     if "image_size" in known:
-        said.append(f"{known['image_size'].replace('x', ' x ')} pixels")
+        known["image_size"] = known["image_size"].replace("x", " x ")
     if "dtype" in known:
-        said.append(f"{known['dtype']} on {known.get('device', 'an unknown device')}")
-    if "batch_size" in known:
-        said.append(f"batches of {known['batch_size']}")
-    if "groups" in known:
-        said.append(f"groups {known['groups']}")
-    return ", ".join(said)
+        known["dtype"] += f" on {known.get('device', 'an unknown device')}"
+    return ", ".join(said.format(known[name]) for name, said in _SAID.items() if name in known)
