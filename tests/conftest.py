@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import beside
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,32 @@ from torch import Tensor, nn
 
 from lpmflow.config import LPMFlowConfig, lpmflow_tiny
 from lpmflow.model import FlowOutput
+
+processes = beside.Processes()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: beside.command_of(item) is not None)  # last: they run beside the others
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    commands = [command for item in session.items if (command := beside.command_of(item)) is not None]
+    alone = (os.cpu_count() or 1) < 2 or "PYTEST_XDIST_WORKER" in os.environ
+    if len(session.items) > len(commands) and not (alone or session.config.option.collectonly):
+        processes.begin(commands)
+
+
+def pytest_unconfigure() -> None:
+    processes.stop()
+
+
+@pytest.fixture
+def done(request: pytest.FixtureRequest) -> beside.Done:
+    """How the process of a test marked by `beside.python` ended."""
+    command = beside.command_of(request.node)
+    assert command is not None
+    return processes.result(command)
+
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 

@@ -200,13 +200,11 @@ def test_memory_does_not_grow_with_the_volume():
     assert peaks[96] - peaks[64] < 40, peaks  # tokens and results: 2.25 times as many, a few MiB
 
 
-def test_triton_computes_in_blocks_too():
+@interpreted.needs_triton
+@interpreted.tests("correlation_flow")
+def test_triton_computes_in_blocks_too(done):
     """Through Triton's interpreter: values, gradients, and how much of the correlation tensor there is at once."""
-    pytest.importorskip("triton", minversion="3.4", reason="Triton is not installed, or older than 3.4")
-    status, output = interpreted.run("correlation_flow")
-    print(output)
-    if status != 0:
-        pytest.fail(output, pytrace=False)
+    interpreted.check(done)
 
 
 @pytest.mark.parametrize("named", ["context", "contexts of both", "environment"])

@@ -15,11 +15,9 @@ from lpmflow_kernels._launch import keep_launches  # noqa: E402
 from lpmflow_kernels._tiles import split_width  # noqa: E402
 
 
-def test_values_and_gradients_through_the_interpreter():
-    status, output = interpreted.run("correlation")
-    print(output)
-    if status != 0:
-        pytest.fail(output, pytrace=False)
+@interpreted.tests("correlation")
+def test_values_and_gradients_through_the_interpreter(done):
+    interpreted.check(done)
 
 
 def test_why_not_says_what_came():

@@ -11,12 +11,12 @@ import contextlib
 import importlib
 import itertools
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
 
+import beside
+import interpreted
 import pytest
 import torch
 from torch import Tensor
@@ -187,28 +187,19 @@ def check_any_strides(operator: str, arguments: dict[str, Any]) -> None:
     torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{operator}: {text}")
 
 
-def missing(backend: str) -> str | None:
-    """Why no operator of this backend can be called here, with Triton's kernels interpreted."""
-    if backend == "triton":
-        pytest.importorskip("triton", minversion="3.4", reason="Triton is not installed, or older than 3.4")
-        return None
-    return ops.backend_report()["correlation"]["native"]
+native_missing = ops.backend_report()["correlation"]["native"]
+native_only = pytest.mark.skipif(native_missing is not None, reason=str(native_missing))
+by_native = (native_only, beside.python(__file__, "native"))
+by_triton = (interpreted.needs_triton, beside.python(__file__, "triton", TRITON_INTERPRET="1", OMP_NUM_THREADS="1"))
 
 
-@pytest.mark.parametrize("backend", ["native", "triton"])
-def test_what_does_not_fit_is_refused(backend):
-    if (reason := missing(backend)) is not None:
-        pytest.skip(reason)
-    environment = {**os.environ, "TRITON_INTERPRET": "1"} if backend == "triton" else None
-    done = subprocess.run([sys.executable, __file__, backend], capture_output=True, text=True, env=environment)
+@pytest.mark.parametrize("backend", [pytest.param("native", marks=by_native), pytest.param("triton", marks=by_triton)])
+def test_what_does_not_fit_is_refused(backend, done):
     assert done.returncode == 0, done.stderr[-2000:]
     wanted = dict(FITS)
     if backend == "triton":  # which converts no matrices
         wanted["window_stage"] = FITS["window_stage"] - {f"weights[{i}]: precision" for i in (2, 5, 9, 11)}
     assert {op: set(took) for op, took in json.loads(done.stdout).items()} == wanted
-
-
-native_only = pytest.mark.skipif(missing("native") is not None, reason="the native module is missing")
 
 
 @native_only

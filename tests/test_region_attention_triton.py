@@ -16,11 +16,9 @@ from lpmflow_kernels._launch import keep_launches  # noqa: E402
 GRIDS = [2, 3, 3, 2]
 
 
-def test_values_and_gradients_through_the_interpreter():
-    status, output = interpreted.run("region_attention")
-    print(output)
-    if status != 0:
-        pytest.fail(output, pytrace=False)
+@interpreted.tests("region_attention")
+def test_values_and_gradients_through_the_interpreter(done):
+    interpreted.check(done)
 
 
 def test_why_not_says_what_came():

@@ -16,11 +16,9 @@ from lpmflow_kernels._launch import Launch, keep_launches  # noqa: E402
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def test_values_and_gradients_through_the_interpreter():
-    status, output = interpreted.run("window_refinement")
-    print(output)
-    if status != 0:
-        pytest.fail(output, pytrace=False)
+@interpreted.tests("window_refinement")
+def test_values_and_gradients_through_the_interpreter(done):
+    interpreted.check(done)
 
 
 def test_why_not_says_what_came():

@@ -17,11 +17,9 @@ from lpmflow_kernels._launch import Launch, keep_launches  # noqa: E402
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def test_values_through_the_interpreter():
-    status, output = interpreted.run("window_stage")
-    print(output)
-    if status != 0:
-        pytest.fail(output, pytrace=False)
+@interpreted.tests("window_stage")
+def test_values_through_the_interpreter(done):
+    interpreted.check(done)
 
 
 def test_why_not_says_what_came():

@@ -1,24 +1,41 @@
 """Tests of the Triton kernels on the CPU, through Triton's interpreter: one file an operation.
 
 Whether Triton interprets is settled when it is imported, so these files are not collected with the others. Each runs
-in a process of its own, started by the test of its operation, or by hand:
+in a process of its own, started for the test of its operation, or by hand:
 
     TRITON_INTERPRET=1 pytest tests/interpreted/correlation.py
 """
 
 from __future__ import annotations
 
-import os
+import importlib.metadata
 import subprocess
-import sys
 from pathlib import Path
 
+import beside
+import pytest
+from packaging.version import Version
 
-def run(op: str) -> tuple[int, str]:
-    """pytest's exit status and output for tests/interpreted/<op>.py."""
+
+def _has_triton() -> bool:
+    try:
+        return Version(importlib.metadata.version("triton")) >= Version("3.4")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+needs_triton = pytest.mark.skipif(not _has_triton(), reason="Triton is not installed, or older than 3.4")
+
+
+def tests(op: str) -> pytest.MarkDecorator:
+    """The mark of a test that wants tests/interpreted/<op>.py run."""
     path = Path(__file__).resolve().with_name(f"{op}.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5", str(path)]
+    arguments = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5", str(path))
     # One thread: the interpreter's arrays are small.
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return done.returncode, done.stdout
+    return beside.python(*arguments, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+
+
+def check(done: subprocess.CompletedProcess[str]) -> None:
+    print(done.stdout)
+    if done.returncode != 0:
+        pytest.fail(done.stdout + done.stderr, pytrace=False)
