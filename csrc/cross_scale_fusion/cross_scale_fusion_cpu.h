@@ -33,7 +33,7 @@ class Fusion {
 
  private:
   void cell(int64_t b, int64_t r, int64_t c) {
-    const T top = row_.make(b, r, c), exponent = T(kLog2E / op_.temperature);
+    const T top = row_.template make<true>(b, r, c), exponent = T(kLog2E / op_.temperature);
     const T *u = row_.u(), *y = static_cast<const T*>(op_.y), *valid = row_.valid();
     const int64_t width = row_.width();
     Vec total = {}, by_column = {}, by_line = {};
@@ -70,6 +70,7 @@ class FusionBackward {
  public:
   using Vec = typename Simd<T>::Vec;
   static constexpr int kLanes = Simd<T>::kLanes;
+  static constexpr int kLines = 4;
 
   explicit FusionBackward(const CrossScaleFusionBackward& back)
       : back_(back), op_(back.op), row_(op_), lines_(most_lines()), tables_(most_tables()), range_(2 * most_height()) {}
@@ -120,9 +121,11 @@ class FusionBackward {
       for (int64_t i = 0; i < op_.h; ++i) store(line_sums_ + i * kLanes, Vec{});
     }
     if (row_.whole_source()) {
+      const bool in_place = row_.whole_target() && row_.width() == scale.wt;
       for (int64_t c = 0; c < op_.w; ++c) {
-        logits<kTables>(b, coarse, c, grad_x);
-        flush<false>(gather(), grad + (line * op_.w + c) * size);
+        T* to = grad + (line * op_.w + c) * size;
+        logits<kTables>(b, coarse, c, in_place ? to : row_.scratch(), grad_x);
+        if (!in_place) flush<false>(gather(), to);
       }
       if (kTables) sum_lines(grad_y);
       return;
@@ -136,9 +139,10 @@ class FusionBackward {
       }
       any = true;
       for (int64_t c = 0; c < op_.w; ++c) {
-        logits<kTables>(b, r, c, grad_x);
+        logits<kTables>(b, r, c, row_.scratch(), grad_x);
         T *left = lines_.get() + columns.low(c) * cell_lines, *right = lines_.get() + columns.high(c) * cell_lines;
-        spread(gather(), left, right, scale.ws * cell_lines, columns.weight(c), lines.weight(r));
+        const int64_t below = lines.high(r) > coarse ? scale.ws * cell_lines : 0;
+        spread(gather(), left, right, below, columns.weight(c), lines.weight(r));
       }
     }
     if (kTables) sum_lines(grad_y);
@@ -178,32 +182,65 @@ class FusionBackward {
     return found + op_.h * kLanes;
   }
 
-  // Leaves the gradient of u in the row's scratch.
+  // What is known of one output source cell before its gradient.
+  struct Cell {
+    const T* u;
+    T* du;
+    T top, exponent, inverse, mean_x, mean_y, gx, gy, cold;
+  };
+
+  // The gradient of u, (h, width of the row), which may lie in the row's scratch.
   template <bool kTables>
-  void logits(int64_t b, int64_t r, int64_t c, T* grad_x) {
+  void logits(int64_t b, int64_t r, int64_t c, T* du, T* grad_x) {
     const int64_t cells = op_.rows * op_.w, first = (b * op_.scales + index_) * cells;
     const int64_t at = (r - op_.first_row) * op_.w + c;
-    const T *grad = static_cast<const T*>(back_.grad_mapping) + 2 * first + at, *y = static_cast<const T*>(op_.y);
-    const T *mean = static_cast<const T*>(op_.mapping) + 2 * first + at, *valid = row_.valid();
-    const T gx = grad[0], gy = grad[cells], cold = T(1 / op_.temperature), exponent = T(kLog2E / op_.temperature);
-    const T inverse = static_cast<const T*>(op_.confidence)[first + at];
-    const T top = static_cast<const T*>(op_.largest)[first + at];
+    const T* grad = static_cast<const T*>(back_.grad_mapping) + 2 * first + at;
+    const T* mean = static_cast<const T*>(op_.mapping) + 2 * first + at;
+    row_.template make<false>(b, r, c);
+    const Cell cell{row_.u(),
+                    du,
+                    static_cast<const T*>(op_.largest)[first + at],
+                    T(kLog2E / op_.temperature),
+                    static_cast<const T*>(op_.confidence)[first + at],
+                    mean[0],
+                    mean[cells],
+                    grad[0],
+                    grad[cells],
+                    T(1 / op_.temperature)};
+    int64_t i = 0;
+    for (; i + kLines <= op_.h; i += kLines) some_lines<kTables, kLines>(cell, i, grad_x);
+    for (; i < op_.h; ++i) some_lines<kTables, 1>(cell, i, grad_x);
+  }
+
+  // `kCount` lines from `i` on, whose sums stay in registers.
+  template <bool kTables, int kCount>
+  void some_lines(const Cell& cell, int64_t i, T* grad_x) {
     const int64_t width = row_.width();
-    row_.make(b, r, c);
-    const T* u = row_.u();
-    T* du = row_.scratch();
+    const T *u = cell.u + i * width, *y = static_cast<const T*>(op_.y) + i, *x = row_.x(), *valid = row_.valid();
+    T *du = cell.du + i * width, push[kCount];
+    Vec totals[kCount];
+    for (int k = 0; k < kCount; ++k) {
+      push[k] = (y[k] - cell.mean_y) * (cell.gy * cell.cold);
+      totals[k] = Vec{};
+    }
     for (int64_t j = 0; j < width; j += kLanes) {
-      const Vec pull = (load(row_.x() + j) - mean[0]) * (gx * cold), scale = load(valid + j) * inverse;
+      const Vec pull = (load(x + j) - cell.mean_x) * (cell.gx * cell.cold), scale = load(valid + j) * cell.inverse;
       Vec column = {};
-      for (int64_t i = 0; i < op_.h; ++i) {
-        const Vec p = exp2_nonpositive<T>((load(u + i * width + j) - top) * exponent) * scale;
-        store(du + i * width + j, p * (pull + (y[i] - mean[cells]) * (gy * cold)));
+#pragma GCC unroll 4
+      for (int k = 0; k < kCount; ++k) {
+        const Vec p = exp2_nonpositive<T>((load(u + k * width + j) - cell.top) * cell.exponent) * scale;
+        store(du + k * width + j, p * (pull + push[k]));
         if (kTables) {
           column += p;
-          store(line_sums_ + i * kLanes, load(line_sums_ + i * kLanes) + p * gy);
+          totals[k] += p;
         }
       }
-      if (kTables) store(grad_x + j, load(grad_x + j) + column * gx);
+      if (kTables) store(grad_x + j, load(grad_x + j) + column * cell.gx);
+    }
+    if (!kTables) return;
+    for (int k = 0; k < kCount; ++k) {
+      T* sums = line_sums_ + (i + k) * kLanes;
+      store(sums, load(sums) + totals[k] * cell.gy);
     }
   }
 

@@ -95,7 +95,8 @@ class FusionRow {
     }
   }
 
-  // Finds u() of output source cell (r, c) of batch element b; the largest of it.
+  // Finds u() of output source cell (r, c) of batch element b; the largest of it, unless that is known already.
+  template <bool kLargest>
   T make(int64_t b, int64_t r, int64_t c) {
     const T* coarse = blend_source(b, r, c);
     Vec highest = Vec{} - T(__builtin_huge_val());
@@ -107,13 +108,15 @@ class FusionRow {
         for (int64_t j = 0; j < width_; j += kLanes) {
           const Vec x = load(above + j) * (1 - weight) + load(below + j) * weight;
           store(u_ + i * width_ + j, x);
-          highest = greater(x, highest);
+          if (kLargest) highest = greater(x, highest);
         }
       }
       values_ = u_;
     } else if (op_.w == width_) {
-      for (int64_t j = 0; j < op_.h * width_; j += kLanes) highest = greater(load(coarse + j), highest);
       values_ = coarse;
+      if (kLargest) {
+        for (int64_t j = 0; j < op_.h * width_; j += kLanes) highest = greater(load(coarse + j), highest);
+      }
     } else {
       const int64_t inner = width_ - kLanes;
       for (int64_t i = 0; i < op_.h; ++i, coarse += op_.w) {
@@ -121,10 +124,10 @@ class FusionRow {
         for (int64_t j = 0; j < inner; j += kLanes) {
           const Vec x = load(coarse + j);
           store(u + j, x);
-          highest = greater(x, highest);
+          if (kLargest) highest = greater(x, highest);
         }
         for (int64_t j = inner; j < width_; ++j) u[j] = coarse[j < op_.w ? j : op_.w - 1];
-        highest = greater(load(u + inner), highest);
+        if (kLargest) highest = greater(load(u + inner), highest);
       }
       values_ = u_;
     }

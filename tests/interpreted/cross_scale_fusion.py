@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +30,8 @@ CASES = [
     (3, [((2, 2), (5, 9))], (2, 1)),
     (1, [((1, 2), (2, 63))], (2, 97)),  # by a little
 ]
+# On the source side the lines keep their number, then the columns; then neither is interpolated but the target's lines.
+KEPT = (1, [((4, 3), (4, 6)), ((2, 6), (4, 3)), ((4, 6), (2, 6))], (4, 6))
 # A tile of the output grid (of 16 x 16 in grad_corr), and the side of one of coarse target cells.
 TILED = [
     ((1, [((2, 1), (2, 5)), ((1, 2), (3, 18))], (3, 18)), (2, 8), 16),
@@ -248,8 +251,10 @@ def test_temperatures_beyond_all_reason():
     assert torch.isfinite(mapping).all() and (confidence == 1).all()
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("case", [FOUR, CASES[4]], ids=str)
+@pytest.mark.parametrize(
+    ("case", "value"),
+    [*itertools.product([FOUR, CASES[4]], [float("nan"), float("inf"), float("-inf")]), (KEPT, float("nan"))],
+)
 def test_nan_and_infinity_come_out_where_they_should(case, value):
     """In one element of each tensor; everything else is as finite as the reference has it."""
     corrs, x, y = inputs(case)
