@@ -30,7 +30,7 @@ struct Matrix {
   int64_t row, column;  // strides in elements
 };
 
-template <class T, int kRows, bool kAdd>
+template <class T, int kRows, bool kAdd, bool kNext = false>
 inline void multiply_tile(int64_t depth, Matrix<T> a, const T* b, T* c, int64_t c_row) {
   using Vec = typename Simd<T>::Vec;
   constexpr int kLanes = Simd<T>::kLanes;
@@ -41,6 +41,7 @@ inline void multiply_tile(int64_t depth, Matrix<T> a, const T* b, T* c, int64_t 
   }
   const T* entry = a.data;
   for (int64_t k = 0; k < depth; ++k, entry += a.column, b += kPanel<T>) {
+    if (kNext) __builtin_prefetch(b + depth * kPanel<T>);
     const Vec b0 = load(b), b1 = load(b + kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
@@ -66,12 +67,16 @@ inline void multiply_rest(int64_t rows, int64_t depth, Matrix<T> a, const T* b, 
   }
 }
 
-// One panel of C.
+// One panel of C. The last whole tile asks for the next panel of B, which the caches further out may hold.
 template <class T, bool kAdd>
 inline void multiply_panel(int64_t rows, int64_t depth, Matrix<T> a, const T* b, T* c, int64_t c_row) {
   int64_t i = 0;
-  for (; i + kTileRows <= rows; i += kTileRows) {
+  for (; i + 2 * kTileRows <= rows; i += kTileRows) {
     multiply_tile<T, kTileRows, kAdd>(depth, {a.data + i * a.row, a.row, a.column}, b, c + i * c_row, c_row);
+  }
+  if (i + kTileRows <= rows) {
+    multiply_tile<T, kTileRows, kAdd, true>(depth, {a.data + i * a.row, a.row, a.column}, b, c + i * c_row, c_row);
+    i += kTileRows;
   }
   multiply_rest<T, kAdd>(rows - i, depth, {a.data + i * a.row, a.row, a.column}, b, c + i * c_row, c_row);
 }
