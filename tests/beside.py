@@ -10,11 +10,12 @@ while another could run.
 
 from __future__ import annotations
 
+import collections
 import os
 import subprocess
 import sys
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import pytest
 
@@ -33,21 +34,30 @@ def command_of(item: pytest.Item) -> Command | None:
 
 
 class Processes:
-    """The processes of a session; those that were not begun run when their result is asked for."""
+    """The processes of a session, one at a time, and two from when the first is waited for.
+
+    Those that were not begun run when their result is asked for.
+    """
 
     def __init__(self) -> None:
-        self._begun: dict[Command, Future[Done]] = {}
-        self._worker = ThreadPoolExecutor(1)
+        self._ahead: collections.deque[Command] = collections.deque()
+        self._ends: dict[Command, Future[Done]] = {}
+        self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._running: set[subprocess.Popen[str]] = set()
         self._over = False
 
     def begin(self, commands: list[Command]) -> None:
-        for command in commands:
-            self._begun[command] = self._worker.submit(self._run, command)
+        self._ahead.extend(commands)
+        self._ends = {command: Future() for command in commands}
+        self._work()
 
     def result(self, command: Command) -> Done:
-        return self._begun[command].result() if command in self._begun else self._run(command)
+        if command not in self._ends:
+            return self._run(command)
+        if len(self._threads) < 2:
+            self._work()
+        return self._ends[command].result()
 
     def stop(self) -> None:
         """Nothing outlives the session, however it ends."""
@@ -55,7 +65,23 @@ class Processes:
             self._over = True
             for process in self._running:
                 process.kill()
-        self._worker.shutdown(cancel_futures=True)
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        def work() -> None:
+            while not self._over:
+                try:
+                    command = self._ahead.popleft()
+                except IndexError:
+                    return
+                try:
+                    self._ends[command].set_result(self._run(command))
+                except Exception as error:  # the test's to raise
+                    self._ends[command].set_exception(error)
+
+        self._threads.append(threading.Thread(target=work, daemon=True))
+        self._threads[-1].start()
 
     def _run(self, command: Command) -> Done:
         arguments, environment = command
