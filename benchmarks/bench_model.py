@@ -9,11 +9,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import json
-import subprocess
-import sys
-from pathlib import Path
 
+import memory
 import pytest
 import torch
 from released import released_structure
@@ -70,6 +67,11 @@ def runs(name: str, dtype: str, device: torch.device, batch: int, *, compiled: b
     return found
 
 
+def skip_what_is_imitated(dtype: str, device: torch.device) -> None:
+    if device.type == "cpu" and dtype == "bfloat16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this processor does not compute in bfloat16, and its imitation takes minutes")
+
+
 def test_released_operations():
     """The structure compared with is the released one: 384 GFLOP a pair."""
     weightless = create_model("lpmflow-base").eval().to("meta")
@@ -82,6 +84,7 @@ def test_released_operations():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", PRESETS)
 def test_speed(name, dtype, device, seconds, report, request):
+    skip_what_is_imitated(dtype, device)
     compiled = device.type == "cuda" or request.config.getoption("--compile")
     for batch in BATCHES[device.type][name]:
         ways = runs(name, dtype, device, batch, compiled=compiled)
@@ -122,56 +125,18 @@ def test_stages(name, dtype, device, report):
         )
 
 
-_MEMORY = """
-import contextlib, json, sys, torch
-sys.path.insert(0, sys.argv[1])
-from released import released_structure
-from lpmflow import profile
-from lpmflow.model import create_model
-name, dtype, released, device = sys.argv[2], sys.argv[3], sys.argv[4] == "1", torch.device(sys.argv[5])
-if released:
-    model, precision = create_model(name).eval().to(device), getattr(torch, dtype)
-else:
-    model, precision = profile.network(name, str(device), dtype)
-def resident(field):
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith(field)) * 1024
-def run(model, side):
-    images = torch.zeros(2, 1, 3, *side, device=device)
-    half = torch.autocast(device.type, precision) if dtype != "float32" else contextlib.nullcontext()
-    with torch.inference_mode(), half, released_structure(model) if released else contextlib.nullcontext():
-        model(*images)
-if device.type == "cuda":
-    run(model, model.config.image_size)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-else:
-    run(create_model("lpmflow-tiny", image_size=96).eval(), (96, 96))  # threads and libraries are not counted
-    before = resident("VmRSS")
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-run(model, model.config.image_size)
-peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident("VmHWM")
-weights = sum(p.numel() * p.element_size() for p in model.parameters())
-print(json.dumps({"bytes": peak - before, "weights": weights}))
-"""
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", PRESETS)
 def test_peak_memory(name, dtype, device, report):
-    if device.type == "cpu" and not sys.platform.startswith("linux"):
-        pytest.skip("peak memory of the process is known on Linux only")
-    here = str(Path(__file__).resolve().parent)
-    for way, released in (("released structure", "1"), ("lpmflow", "0")):
-        command = [sys.executable, "-c", _MEMORY, here, name, dtype, released, str(device)]
-        found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    memory.skip_unless_known(device)
+    skip_what_is_imitated(dtype, device)
+    for way, released in (("released structure", True), ("lpmflow", False)):
+        beside, weights = memory.in_a_process(memory.of_network, name, dtype, released, str(device))
         report.add(
             "memory of one pair",
             model=name,
             dtype=dtype,
             way=way,
-            weights_MiB=found["weights"] / 2**20,
-            beside_them_MiB=found["bytes"] / 2**20,
+            weights_MiB=weights / 2**20,
+            beside_them_MiB=beside / 2**20,
         )

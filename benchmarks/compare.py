@@ -6,18 +6,16 @@ Ratios are the einsum path's median over the backend's, both from one run in whi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-import pytest
+import memory
 import torch
-from timing import interleaved, peak_memory
+from timing import interleaved
 from torch import Tensor
 
 from lpmflow import ops
 from lpmflow.profile import Peaks
 
-HERE = str(Path(__file__).resolve().parent)
 Outputs = tuple[Tensor, ...]
 
 
@@ -108,35 +106,20 @@ def _tabulate(
 
 def compare_memory(report: Any, op: str, stage: Any, inputs: list[Tensor], *, backward: bool) -> None:
     """Adds a row a backend: the peak beside inputs and results."""
-    found: dict[str, int] = {}
-    for backend in backends(stage, inputs):
-        if inputs[0].device.type == "cuda":
-            found[backend] = _cuda_memory(stage, inputs, backend, backward=backward)
-        else:
-            measured = peak_memory(HERE, op, stage.name, backend, backward=backward)
-            if measured is None:
-                pytest.skip("peak memory of the process is known on Linux only")
-            found[backend] = measured
+    x = inputs[0]
+    memory.skip_unless_known(x.device)
+    found = {
+        backend: memory.in_a_process(
+            memory.of_operation, op, stage.name, stage.batch, backend, x.dtype, str(x.device), backward
+        )
+        for backend in backends(stage, inputs)
+    }
     direction = "forward + backward" if backward else "forward"
-    for backend, memory in found.items():
+    for backend, taken in found.items():
         report.add(
             f"{op}, memory beside the results of {direction}, batch {stage.batch}",
             stage=stage.name,
             backend=backend,
-            MiB=memory / 2**20,
-            ratio=found["reference"] / memory if memory > 0 else None,
+            MiB=taken / 2**20,
+            ratio=found["reference"] / taken if taken > 0 else None,
         )
-
-
-def _cuda_memory(stage: Any, inputs: list[Tensor], backend: str, *, backward: bool) -> int:
-    leaves = [x.detach().requires_grad_(backward) for x in inputs]
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    results = [*stage.run(leaves, backend)]
-    if backward:
-        ones = [torch.ones_like(x) for x in results]
-        results += [*ones, *torch.autograd.grad(results, leaves, ones)]
-    torch.cuda.synchronize()
-    kept = sum(x.numel() * x.element_size() for x in results)
-    return torch.cuda.max_memory_allocated() - before - kept
