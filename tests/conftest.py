@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import lpmflow
 from lpmflow.config import LPMFlowConfig, lpmflow_tiny
 from lpmflow.model import FlowOutput
 
@@ -120,6 +121,12 @@ def fake_model() -> FakeModel:
 def make_fake_model() -> type[FakeModel]:
     """The class of the fake network, for a shift, a flow or a configuration of one's own."""
     return FakeModel
+
+
+@pytest.fixture
+def shifted() -> lpmflow.Matcher:
+    """Finds everything 3 cells to the right and 2 up."""
+    return lpmflow.Matcher(FakeModel((3.0, -2.0)), "cpu")
 
 
 @pytest.fixture
