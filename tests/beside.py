@@ -1,4 +1,4 @@
-"""Tests that are a long process of their own: begun before the others, beside them, one after another.
+"""Tests that are a long process of their own: begun before the others, and run beside them.
 
     @beside.python(__file__, "triton", TRITON_INTERPRET="1")
     def test_it(done):  # a subprocess.CompletedProcess
@@ -33,6 +33,17 @@ def command_of(item: pytest.Item) -> Command | None:
     return None if mark is None else mark.args[0]
 
 
+def commands_of(items: list[pytest.Item]) -> list[Command]:
+    """Of those that are not skipped, each once."""
+    run = [item for item in items if not any(mark.args[0] for mark in item.iter_markers("skipif"))]
+    return list(dict.fromkeys(command for item in run if (command := command_of(item)) is not None))
+
+
+def has_second_core() -> bool:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return (cores or 1) > 1
+
+
 class Processes:
     """The processes of a session, one at a time, and two from when the first is waited for.
 
@@ -46,6 +57,8 @@ class Processes:
         self._lock = threading.Lock()
         self._running: set[subprocess.Popen[str]] = set()
         self._over = False
+        # As they are now, and not as whatever test runs when a process begins has set them.
+        self._environment, self._folder = dict(os.environ), os.getcwd()
 
     def begin(self, commands: list[Command]) -> None:
         self._ahead.extend(commands)
@@ -60,13 +73,13 @@ class Processes:
         return self._ends[command].result()
 
     def stop(self) -> None:
-        """Nothing outlives the session, however it ends."""
+        """At the end of the session, after an interruption too."""
         with self._lock:
             self._over = True
             for process in self._running:
                 process.kill()
         for thread in self._threads:
-            thread.join()
+            thread.join(timeout=5)  # longer only where a process has left others that hold its output
 
     def _work(self) -> None:
         def work() -> None:
@@ -90,7 +103,12 @@ class Processes:
             if self._over:
                 raise RuntimeError("the session is over")
             process = subprocess.Popen(
-                line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **dict(environment)}
+                line,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**self._environment, **dict(environment)},
+                cwd=self._folder,
             )
             self._running.add(process)
         try:

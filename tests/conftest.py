@@ -26,10 +26,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: beside.command_of(item) is not None)  # last: they run beside the others
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    commands = [command for item in session.items if (command := beside.command_of(item)) is not None]
-    alone = (os.cpu_count() or 1) < 2 or "PYTEST_XDIST_WORKER" in os.environ
-    if len(session.items) > len(commands) and not (alone or session.config.option.collectonly):
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    commands, option = beside.commands_of(session.items), session.config.option
+    alone = not beside.has_second_core() or "PYTEST_XDIST_WORKER" in os.environ
+    if len(session.items) > len(commands) and not (alone or option.collectonly or option.setupplan):
         processes.begin(commands)
 
 

@@ -29,6 +29,7 @@ CASES = [
     (1, [((5, 4), (30, 31))], (31, 33)),  # by a little: a vector's taps lie far apart
     (1, [((2, 3), (2, 63))], (3, 97)),
     (3, [((4, 4), (9, 33))], (2, 1)),
+    (2, [((5, 16), (5, 16)), ((5, 16), (3, 4)), ((2, 8), (5, 16))], (5, 16)),  # whole vectors, gradients in place
 ]
 NAMES = ("mapping", "confidence", "grad_x", "grad_y")
 

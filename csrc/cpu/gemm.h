@@ -41,7 +41,9 @@ inline void multiply_tile(int64_t depth, Matrix<T> a, const T* b, T* c, int64_t 
   }
   const T* entry = a.data;
   for (int64_t k = 0; k < depth; ++k, entry += a.column, b += kPanel<T>) {
-    if (kNext) __builtin_prefetch(b + depth * kPanel<T>);
+    if (kNext) {
+      for (int64_t j = 0; j < kPanel<T>; j += 64 / sizeof(T)) __builtin_prefetch(b + depth * kPanel<T> + j);
+    }
     const Vec b0 = load(b), b1 = load(b + kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
@@ -67,7 +69,7 @@ inline void multiply_rest(int64_t rows, int64_t depth, Matrix<T> a, const T* b, 
   }
 }
 
-// One panel of C. The last whole tile asks for the next panel of B, which the caches further out may hold.
+// A stretch of one panel of C. The last whole tile asks for what comes next of B, which a cache further out may hold.
 template <class T, bool kAdd>
 inline void multiply_panel(int64_t rows, int64_t depth, Matrix<T> a, const T* b, T* c, int64_t c_row) {
   int64_t i = 0;

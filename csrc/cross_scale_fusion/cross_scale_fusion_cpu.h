@@ -64,7 +64,8 @@ class Fusion {
 };
 
 // Gradients are gathered as lines of the output width, `ht` of them to a coarse source cell, and brought to the width of
-// the target grid when a task, or a cell that is a coarse cell itself, is done with them.
+// the target grid when a task, or a cell that is a coarse cell itself, is done with them. Where neither side is
+// interpolated they are written where they belong.
 template <class In, class T>
 class FusionBackward {
  public:
@@ -86,7 +87,8 @@ class FusionBackward {
     T* across = down_ + scale.ht * op_.h;
     shrink_ = across + op_.w * scale.wt;
     gathered_ = shrink_ + packed_size<T>(op_.w, scale.wt);
-    line_sums_ = gathered_ + scale.ht * row_.width();
+    column_sums_ = gathered_ + scale.ht * row_.width();
+    line_sums_ = column_sums_ + row_.width();
     const Axis<T> height(scale.ht, op_.h), width(scale.wt, op_.w);
     for (int64_t x = 0; x < scale.ht * op_.h; ++x) down_[x] = 0;
     for (int64_t i = 0; i < op_.h; ++i) {
@@ -176,7 +178,7 @@ class FusionBackward {
     for (int64_t s = 0; s < op_.scales; ++s) {
       const FusionScale& scale = op_.scale[s];
       const int64_t size = scale.ht * padded<T>(scale.wt) + scale.ht * op_.h + op_.w * scale.wt +
-                           packed_size<T>(op_.w, scale.wt) + scale.ht * row_.width();
+                           packed_size<T>(op_.w, scale.wt) + (scale.ht + 1) * row_.width();
       found = size > found ? size : found;
     }
     return found + op_.h * kLanes;
@@ -207,14 +209,21 @@ class FusionBackward {
                     grad[0],
                     grad[cells],
                     T(1 / op_.temperature)};
+    if (kTables) {
+      for (int64_t j = 0; j < row_.width(); ++j) column_sums_[j] = 0;
+    }
     int64_t i = 0;
-    for (; i + kLines <= op_.h; i += kLines) some_lines<kTables, kLines>(cell, i, grad_x);
-    for (; i < op_.h; ++i) some_lines<kTables, 1>(cell, i, grad_x);
+    for (; i + kLines <= op_.h; i += kLines) some_lines<kTables, kLines>(cell, i);
+    for (; i < op_.h; ++i) some_lines<kTables, 1>(cell, i);
+    if (!kTables) return;
+    for (int64_t j = 0; j < row_.width(); j += kLanes) {  // once a cell, for the sake of the last bits of long sums
+      store(grad_x + j, load(grad_x + j) + load(column_sums_ + j) * cell.gx);
+    }
   }
 
   // `kCount` lines from `i` on, whose sums stay in registers.
   template <bool kTables, int kCount>
-  void some_lines(const Cell& cell, int64_t i, T* grad_x) {
+  void some_lines(const Cell& cell, int64_t i) {
     const int64_t width = row_.width();
     const T *u = cell.u + i * width, *y = static_cast<const T*>(op_.y) + i, *x = row_.x(), *valid = row_.valid();
     T *du = cell.du + i * width, push[kCount];
@@ -235,7 +244,7 @@ class FusionBackward {
           totals[k] += p;
         }
       }
-      if (kTables) store(grad_x + j, load(grad_x + j) + column * cell.gx);
+      if (kTables) store(column_sums_ + j, load(column_sums_ + j) + column);
     }
     if (!kTables) return;
     for (int k = 0; k < kCount; ++k) {
@@ -304,7 +313,7 @@ class FusionBackward {
   Buffer<T> lines_, tables_;
   Buffer<int64_t> range_;
   T *shrunk_ = nullptr, *down_ = nullptr, *shrink_ = nullptr, *gathered_ = nullptr;
-  T* line_sums_ = nullptr;
+  T *column_sums_ = nullptr, *line_sums_ = nullptr;
 };
 
 template <class In, class T>

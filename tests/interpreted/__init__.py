@@ -8,7 +8,6 @@ in a process of its own, started for the test of its operation, or by hand:
 
 from __future__ import annotations
 
-import importlib.metadata
 import subprocess
 from pathlib import Path
 
@@ -19,9 +18,10 @@ from packaging.version import Version
 
 def _has_triton() -> bool:
     try:
-        return Version(importlib.metadata.version("triton")) >= Version("3.4")
-    except importlib.metadata.PackageNotFoundError:
+        import triton
+    except ImportError:
         return False
+    return Version(triton.__version__) >= Version("3.4")
 
 
 needs_triton = pytest.mark.skipif(not _has_triton(), reason="Triton is not installed, or older than 3.4")
